@@ -1,0 +1,125 @@
+//! The JSON payloads: HELLO, and what a START asks for. Members that a reader does not know
+//! are ignored in HELLO (OAP/1) and refused in a START, where a typo would change a meaning.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::frame::MAX_FRAME;
+use crate::identity::Topic;
+
+/// Bytes of a control payload; a longer one is refused before it is parsed.
+pub const MAX_CONTROL: usize = 16_384;
+/// Topics that one subscription may list.
+pub const MAX_TOPICS: usize = 64;
+
+/// The first request of a session, from the side that dialled.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Who is speaking, for a person; null where it won't say.
+    #[serde(default)]
+    pub ua: Option<String>,
+    /// Daemons only: what tells this process from others of the same identity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub daemon: Option<DaemonHello>,
+}
+
+/// What one daemon tells another of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DaemonHello {
+    /// Its configured name.
+    pub name: String,
+    /// Its incarnation, 16 hexadecimal digits.
+    pub incarnation: Incarnation,
+}
+
+/// A random number that a daemon draws once a process; text as 16 hexadecimal digits,
+/// since JSON's numbers end at 53 bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Incarnation(pub u64);
+
+impl TryFrom<String> for Incarnation {
+    type Error = std::num::ParseIntError;
+    fn try_from(s: String) -> Result<Self, Self::Error> {
+        u64::from_str_radix(&s, 16).map(Self)
+    }
+}
+
+impl From<Incarnation> for String {
+    fn from(i: Incarnation) -> Self {
+        format!("{:016x}", i.0)
+    }
+}
+
+/// The answer to HELLO.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HelloReply {
+    /// Who answers.
+    #[serde(default)]
+    pub ua: Option<String>,
+    /// Bytes of the largest frame.
+    pub max_frame: u32,
+    /// Requests that may be unanswered at once in this session.
+    pub max_inflight: u32,
+    /// The flag bits that are understood.
+    pub flags_supported: u16,
+    /// The OAP versions that are spoken.
+    pub versions: Vec<u16>,
+    /// The transports that sessions may come by.
+    pub transports: Vec<String>,
+    /// The answering daemon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub daemon: Option<DaemonHello>,
+}
+
+impl HelloReply {
+    /// What this version of the daemon answers.
+    #[must_use]
+    pub fn of(daemon: DaemonHello, max_inflight: u32) -> Self {
+        Self {
+            ua: Some(concat!("overlay-daemon/", env!("CARGO_PKG_VERSION")).to_owned()),
+            max_frame: u32::try_from(MAX_FRAME).unwrap_or(u32::MAX),
+            max_inflight,
+            // Every defined flag but ACK_REQ and COMP.
+            flags_supported: 0b1001_1111,
+            versions: vec![crate::frame::VERSION],
+            transports: vec!["tcp+tls".to_owned(), "unix".to_owned()],
+            daemon: Some(daemon),
+        }
+    }
+}
+
+/// What a START's payload asks for. Which of them a stream may ask for is its
+/// `app_proto_id`'s matter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Open {
+    /// Protocol 1: the frames that follow are messages for this topic.
+    Publish {
+        /// Where they go.
+        topic: Topic,
+    },
+    /// Protocol 1: push every message of these topics.
+    Subscribe {
+        /// Which; 1 to [`MAX_TOPICS`].
+        topics: Vec<Topic>,
+    },
+    /// Protocol 3: the frames that follow are gossip.
+    Gossip {},
+    /// Protocol 4: answer with the state of the daemon's sessions.
+    Sessions {},
+}
+
+/// `value` as a control payload.
+#[must_use]
+pub fn json<T: Serialize>(value: &T) -> Bytes {
+    // These types hold no map with other keys than strings and no failing serializer, the
+    // only ways in which serde_json refuses.
+    serde_json::to_vec(value).map(Bytes::from).unwrap_or_default()
+}
+
+/// A control payload as `T`, or nothing where it is too long or not one.
+#[must_use]
+pub fn parse<'a, T: Deserialize<'a>>(payload: &'a [u8]) -> Option<T> {
+    (payload.len() <= MAX_CONTROL).then(|| serde_json::from_slice(payload).ok()).flatten()
+}

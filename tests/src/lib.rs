@@ -1,1 +1,12 @@
-//! x
+//! What the whole-program tests share: where the built programs are, a child process that
+//! never outlives its test, polling to a deadline, and a Kubernetes control plane on loopback.
+//! It asserts nothing; the test targets beside it do.
+
+pub mod cases;
+pub mod control_plane;
+pub mod http;
+pub mod kubectl;
+pub mod operator;
+pub mod process;
+pub mod programs;
+pub mod wait;

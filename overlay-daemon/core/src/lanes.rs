@@ -1,1 +1,256 @@
-//! Being written.
+//! What one session still has to send: a bounded queue a class, scheduled by weight.
+//!
+//! Deficit round robin (Shreedhar and Varghese, SIGCOMM 1995) over bytes, so that a bulk
+//! transfer and small messages share a session by weight whatever their sizes (P-5, attack
+//! G8). A full lane refuses; what that means is its pusher's to decide.
+
+use std::collections::VecDeque;
+
+use crate::Millis;
+use crate::admission::{TokenBucket, percent};
+use crate::frame::Frame;
+
+/// Which lane a frame waits in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Answers, pings, announcements: small, and others wait for them.
+    Control,
+    /// Messages that fit one chunk.
+    Interactive,
+    /// Chunks.
+    Bulk,
+}
+
+impl Class {
+    const ALL: [Self; 3] = [Self::Control, Self::Interactive, Self::Bulk];
+
+    const fn index(self) -> usize {
+        match self {
+            Self::Control => 0,
+            Self::Interactive => 1,
+            Self::Bulk => 2,
+        }
+    }
+
+    /// Bytes that a lane may send more each round: 4 to 2 to 1.
+    const fn quantum(self) -> usize {
+        const UNIT: usize = 16 * 1024;
+        match self {
+            Self::Control => 4 * UNIT,
+            Self::Interactive => 2 * UNIT,
+            Self::Bulk => UNIT,
+        }
+    }
+}
+
+/// The lane is full: the frame was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the lane is full")]
+pub struct Full;
+
+/// How a lane's turn ended.
+enum Turn {
+    /// Nothing left that it may send.
+    Idle,
+    /// Its share is used up.
+    Over,
+    /// The batch is full.
+    Cut,
+}
+
+#[derive(Debug, Default)]
+struct Lane {
+    frames: VecDeque<Frame>,
+    deficit: usize,
+}
+
+/// The lanes of one session.
+#[derive(Debug)]
+pub struct Lanes {
+    lanes: [Lane; 3],
+    depth: usize,
+    bytes: usize,
+    /// Whose turn it is, and whether it has been given its quantum: a turn that the budget
+    /// cut short goes on with the next batch.
+    turn: usize,
+    granted: bool,
+    /// Bounds messages and chunks a second between daemons; clients' requests are bounded
+    /// where they are made.
+    bucket: Option<TokenBucket>,
+}
+
+impl Lanes {
+    /// Lanes of `depth` frames each.
+    #[must_use]
+    pub fn new(depth: u32) -> Self {
+        Self { lanes: Default::default(), depth: depth as usize, bytes: 0, turn: 0, granted: false, bucket: None }
+    }
+
+    /// From now on, at most `burst` messages and chunks a second.
+    pub fn limit(&mut self, burst: u32, now: Millis) {
+        self.bucket = Some(TokenBucket::new(burst, burst, now));
+    }
+
+    /// Frames that `class` still takes.
+    #[must_use]
+    pub fn room(&self, class: Class) -> usize {
+        self.depth - self.lanes[class.index()].frames.len()
+    }
+
+    /// Queues a frame.
+    ///
+    /// # Errors
+    /// [`Full`]; the frame is gone and its pusher knows.
+    pub fn push(&mut self, class: Class, frame: Frame) -> Result<(), Full> {
+        if self.room(class) == 0 {
+            return Err(Full);
+        }
+        self.bytes += frame.wire_len();
+        self.lanes[class.index()].frames.push_back(frame);
+        Ok(())
+    }
+
+    /// Takes what to send next: frames of at most `budget` bytes in all, or one that is larger.
+    pub fn take(&mut self, budget: usize, now: Millis) -> Vec<Frame> {
+        let mut out = Vec::new();
+        let mut spent = 0;
+        let mut idle = 0; // turns in a row that had nothing they may send
+        while idle < Class::ALL.len() {
+            match self.take_turn(budget, now, &mut spent, &mut out) {
+                Turn::Cut => break,
+                Turn::Idle => idle += 1,
+                Turn::Over => idle = 0,
+            }
+            self.turn = (self.turn + 1) % Class::ALL.len();
+            self.granted = false;
+        }
+        out
+    }
+
+    fn take_turn(&mut self, budget: usize, now: Millis, spent: &mut usize, out: &mut Vec<Frame>) -> Turn {
+        let class = Class::ALL[self.turn];
+        let lane = &mut self.lanes[self.turn];
+        if !self.granted {
+            lane.deficit += class.quantum();
+            self.granted = true;
+        }
+        while let Some(len) = lane.frames.front().map(Frame::wire_len) {
+            if len > lane.deficit {
+                return Turn::Over;
+            }
+            if *spent > 0 && *spent + len > budget {
+                return Turn::Cut;
+            }
+            if class != Class::Control && self.bucket.as_mut().is_some_and(|bucket| !bucket.take(now)) {
+                break;
+            }
+            let Some(frame) = lane.frames.pop_front() else { break };
+            lane.deficit -= len;
+            self.bytes -= len;
+            *spent += len;
+            out.push(frame);
+        }
+        // Empty, or held by the bucket: what it did not use is not saved for a burst.
+        lane.deficit = 0;
+        Turn::Idle
+    }
+
+    /// When something that waits for the bucket may go; nothing if nothing does.
+    #[must_use]
+    pub fn poll_timeout(&self, now: Millis) -> Option<Millis> {
+        let bucket = self.bucket.as_ref()?;
+        let waiting = self.lanes[1..].iter().any(|lane| !lane.frames.is_empty());
+        waiting.then(|| now.after(bucket.wait_ms(now).max(1)))
+    }
+
+    /// Frames queued.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.frames.len()).sum()
+    }
+
+    /// Whether nothing is queued.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes queued.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// How full the fullest of the lanes for messages and chunks is, 0 to 100.
+    #[must_use]
+    pub fn percent(&self) -> u8 {
+        let fullest = self.lanes[1..].iter().map(|lane| lane.frames.len()).max().unwrap_or(0);
+        percent(fullest as u64, self.depth as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::frame::{AppProto, Flags};
+    use crate::identity::TenantId;
+
+    fn frame(len: usize) -> Frame {
+        Frame::new(Flags::EVENT, AppProto::PUBSUB, TenantId(0), 1, Bytes::from(vec![0; len]))
+    }
+
+    /// I-5: full is refused, and what was refused is not kept.
+    #[test]
+    fn a_full_lane_refuses() {
+        let mut lanes = Lanes::new(2);
+        assert_eq!([1, 2, 3].map(|_| lanes.push(Class::Bulk, frame(10)).is_ok()), [true, true, false]);
+        assert_eq!((lanes.len(), lanes.bytes(), lanes.room(Class::Control)), (2, 96, 2));
+        assert_eq!(lanes.take(usize::MAX, Millis(0)).len(), 2);
+        assert_eq!((lanes.len(), lanes.bytes(), lanes.percent()), (0, 0, 0));
+    }
+
+    /// G8: shares follow the weights within 5%, whatever the frames' sizes.
+    #[test]
+    fn shares_follow_weights() {
+        let mut lanes = Lanes::new(90_000);
+        for (class, len, count) in
+            [(Class::Control, 1_000, 20_000), (Class::Interactive, 64, 90_000), (Class::Bulk, 65_536, 80)]
+        {
+            (0..count).for_each(|_| lanes.push(class, frame(len)).unwrap());
+        }
+        let mut bytes = [0_usize; 3];
+        for sent in (0..60).flat_map(|_| lanes.take(256 * 1024, Millis(0))) {
+            let lane = match sent.payload.len() {
+                1_000 => 0,
+                64 => 1,
+                _ => 2,
+            };
+            bytes[lane] += sent.wire_len();
+        }
+        assert!(lanes.lanes.iter().all(|lane| !lane.frames.is_empty()), "all were contending");
+        let share = |lane: usize| bytes[lane] * 100 / bytes.iter().sum::<usize>();
+        assert!(share(0).abs_diff(57) <= 5 && share(1).abs_diff(29) <= 5 && share(2).abs_diff(14) <= 5, "{bytes:?}");
+    }
+
+    #[test]
+    fn the_bucket_holds_messages_but_not_control() {
+        let mut lanes = Lanes::new(100);
+        lanes.limit(10, Millis(0));
+        for _ in 0..20 {
+            lanes.push(Class::Interactive, frame(1)).unwrap();
+            lanes.push(Class::Control, frame(2)).unwrap();
+        }
+        assert_eq!(lanes.take(usize::MAX, Millis(0)).len(), 30);
+        assert_eq!(lanes.poll_timeout(Millis(0)), Some(Millis(100)));
+        assert_eq!(lanes.take(usize::MAX, Millis(100)).len(), 1);
+    }
+
+    #[test]
+    fn a_frame_of_the_largest_size_leaves() {
+        let mut lanes = Lanes::new(4);
+        lanes.push(Class::Bulk, frame(crate::frame::MAX_FRAME - 38)).unwrap();
+        assert_eq!(lanes.take(1, Millis(0)).len(), 1, "though it is past budget and quantum");
+    }
+}

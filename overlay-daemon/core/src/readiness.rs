@@ -1,1 +1,159 @@
-//! Being written.
+//! Whether the daemon is ready, as named conditions with reasons, and whether it sheds
+//! writes. Writes go first, `/readyz` follows, and both come back with hysteresis (I-6, G-3).
+
+use crate::Millis;
+use crate::config::Readiness;
+
+/// One condition of readiness.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Condition {
+    /// Its name: one of a closed set, such as `listeners` or `peers`.
+    pub name: &'static str,
+    /// Whether it holds.
+    pub ok: bool,
+    /// Why it does not, or what it rests on; for a person.
+    pub reason: String,
+}
+
+/// What `/readyz` answers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Whether every condition holds.
+    pub ready: bool,
+    /// All of them.
+    pub conditions: Vec<Condition>,
+}
+
+/// What the conditions rest on, as the shell last saw it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Every listener is bound and accepting.
+    pub listeners: bool,
+    /// Milliseconds since the hub last answered.
+    pub bus_age_ms: u64,
+    /// Certificates, trust and token keys are loaded and valid; else why not.
+    pub kms: Option<&'static str>,
+    /// How full queues and in-flight are, 0 to 100: see [`crate::node::Node::pressure`].
+    pub queues_percent: u8,
+    /// File descriptors in use, of those allowed, 0 to 100.
+    pub descriptors_percent: u8,
+    /// Distinct daemons with an active session.
+    pub peers: u32,
+    /// SIGTERM came.
+    pub draining: bool,
+}
+
+/// How long the hub may be silent.
+const BUS_MS: u64 = 1_000;
+
+/// The conditions over time.
+#[derive(Debug)]
+pub struct Gate {
+    config: Readiness,
+    shedding: bool,
+    overloaded: bool,
+    /// When enough peers were last seen.
+    enough_peers: Option<Millis>,
+}
+
+impl Gate {
+    /// A gate that has seen nothing yet.
+    #[must_use]
+    pub fn new(config: Readiness) -> Self {
+        Self { config, shedding: false, overloaded: false, enough_peers: None }
+    }
+
+    /// Judges the facts at `now`.
+    pub fn handle_facts(&mut self, facts: &Facts, now: Millis) -> Report {
+        let pressure = facts.queues_percent.max(facts.descriptors_percent);
+        self.shedding = pressure >= self.config.shed_at_percent || (self.shedding && pressure >= self.config.recover_at_percent);
+        self.overloaded = pressure >= self.config.unready_at_percent || (self.overloaded && pressure >= self.config.recover_at_percent);
+        if facts.peers >= self.config.min_peers {
+            self.enough_peers = Some(now);
+        }
+        let grace = self.config.peer_loss_grace_ms;
+        let peers = facts.peers >= self.config.min_peers || self.enough_peers.is_some_and(|at| now.since(at) < grace);
+        let within = |percent: u8| !self.overloaded || percent < self.config.recover_at_percent;
+        let bus = facts.bus_age_ms < BUS_MS;
+        let conditions = vec![
+            condition("listeners", facts.listeners, "not every listener is accepting"),
+            condition("bus", bus, "the hub has not answered for a second"),
+            condition("config", true, ""),
+            condition("transport", facts.listeners && facts.kms.is_none(), "no session can be accepted or dialled"),
+            condition("kms", facts.kms.is_none(), facts.kms.unwrap_or_default()),
+            counted("queues", within(facts.queues_percent), format!("{}% full", facts.queues_percent)),
+            counted("peers", peers, format!("{} of at least {} peers", facts.peers, self.config.min_peers)),
+            counted("descriptors", within(facts.descriptors_percent), format!("{}% in use", facts.descriptors_percent)),
+            condition("draining", !facts.draining, "the daemon was told to stop"),
+        ];
+        Report { ready: conditions.iter().all(|condition| condition.ok), conditions }
+    }
+
+    /// Whether writes get 503 now.
+    #[must_use]
+    pub fn is_shedding(&self) -> bool {
+        self.shedding
+    }
+}
+
+fn condition(name: &'static str, ok: bool, otherwise: &str) -> Condition {
+    Condition { name, ok, reason: if ok { String::new() } else { otherwise.to_owned() } }
+}
+
+fn counted(name: &'static str, ok: bool, reason: String) -> Condition {
+    Condition { name, ok, reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn calm() -> Facts {
+        Facts { listeners: true, ..Facts::default() }
+    }
+
+    fn missing(report: &Report) -> Vec<&'static str> {
+        report.conditions.iter().filter(|c| !c.ok).map(|c| c.name).collect()
+    }
+
+    /// I-6: each condition alone takes readiness away, and is named.
+    #[test]
+    fn each_condition_is_named() {
+        let config = Readiness { min_peers: 1, ..Readiness::default() };
+        let with_peer = Facts { peers: 1, ..calm() };
+        for (facts, want) in [
+            (with_peer.clone(), vec![]),
+            (Facts { listeners: false, ..with_peer.clone() }, vec!["listeners", "transport"]),
+            (Facts { bus_age_ms: 1_000, ..with_peer.clone() }, vec!["bus"]),
+            (Facts { kms: Some("expired"), ..with_peer.clone() }, vec!["transport", "kms"]),
+            (Facts { queues_percent: 90, ..with_peer.clone() }, vec!["queues"]),
+            (Facts { descriptors_percent: 95, ..with_peer.clone() }, vec!["descriptors"]),
+            (Facts { draining: true, ..with_peer.clone() }, vec!["draining"]),
+            (calm(), vec!["peers"]),
+        ] {
+            let report = Gate::new(config.clone()).handle_facts(&facts, Millis(5));
+            assert_eq!((missing(&report), report.ready), (want.clone(), want.is_empty()));
+        }
+    }
+
+    /// G-3: writes shed first, `/readyz` flips next, and both return below `recover`.
+    #[test]
+    fn pressure_sheds_first_and_recovers_last() {
+        let mut gate = Gate::new(Readiness::default());
+        let seen: Vec<_> = [79, 80, 89, 90, 80, 60, 59, 80]
+            .map(|queues_percent| {
+                let report = gate.handle_facts(&Facts { queues_percent, ..calm() }, Millis(0));
+                (gate.is_shedding(), report.ready)
+            })
+            .into();
+        let want = [(false, true), (true, true), (true, true), (true, false), (true, false), (true, false), (false, true), (true, true)];
+        assert_eq!(seen, want);
+    }
+
+    #[test]
+    fn lost_peers_are_forgiven_for_a_while_but_not_at_the_start() {
+        let mut gate = Gate::new(Readiness { min_peers: 1, ..Readiness::default() });
+        let mut at = |peers, now| gate.handle_facts(&Facts { peers, ..calm() }, Millis(now)).ready;
+        assert_eq!([at(0, 0), at(1, 10), at(0, 20), at(0, 10_009), at(0, 10_010), at(1, 10_011)], [false, true, true, true, false, true]);
+    }
+}

@@ -195,7 +195,7 @@ impl Record {
             GAP => Self::Gap { missed: from.try_get_u32().ok().filter(|_| from.is_empty())? },
             ANNOUNCE => {
                 let count = from.len() / 32;
-                if from.len() % 32 != 0 || !(1..=MAX_ANNOUNCED).contains(&count) {
+                if !from.len().is_multiple_of(32) || !(1..=MAX_ANNOUNCED).contains(&count) {
                     return None;
                 }
                 Self::Announce((0..count).map_while(|_| digest(&mut from).map(MessageId)).collect())

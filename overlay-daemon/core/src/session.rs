@@ -1,1 +1,386 @@
-//! Being written.
+//! One session's state machine (C-3) and its table of streams. Decides which frames are
+//! legal now; what a legal frame means is `node`'s. An illegal one changes nothing.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+
+use crate::Millis;
+use crate::control::{Hello, HelloReply, json, parse};
+use crate::frame::{AppProto, Flags, Frame};
+use crate::identity::TenantId;
+use crate::status::{Reason, Refusal, Status};
+
+/// Streams that one side may have open in a session.
+pub const MAX_STREAMS: usize = 256;
+/// Bytes of a ping's payload.
+pub const MAX_PING: usize = 64;
+
+/// Where a session stands (C-3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Connected, TLS not done.
+    Idle,
+    /// TLS done, HELLO not yet answered.
+    Handshake,
+    /// Streams may be opened.
+    Active,
+    /// The other side refused for now; it is asked again after a delay.
+    Backoff,
+    /// Over; nothing is accepted or sent any more.
+    Closed,
+}
+
+impl State {
+    /// The state's name in `/sessions` and in metrics.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Handshake => "handshake",
+            Self::Active => "active",
+            Self::Backoff => "backoff",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+/// Which side opened the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// This one: it says HELLO, uses odd stream numbers and pings.
+    Dialler,
+    /// The other one.
+    Acceptor,
+}
+
+/// Deadlines, milliseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Timers {
+    /// From [`Session::new`] to HELLO answered.
+    pub handshake_ms: u64,
+    /// Without a frame either way.
+    pub idle_ms: u64,
+}
+
+/// A stream of a session, with what `node` keeps for it.
+#[derive(Debug)]
+pub struct Stream<K> {
+    /// The protocol it speaks.
+    pub app: AppProto,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// What it is for.
+    pub kind: K,
+    /// Whether this side opened it.
+    pub ours: bool,
+}
+
+/// What a legal frame asks of `node`.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The dialler's HELLO; answer with [`Session::answer_hello`].
+    Hello(Frame, Hello),
+    /// The answer to ours: the session is Active.
+    Welcomed(HelloReply),
+    /// Answer with the same payload.
+    Ping(Frame),
+    /// A stream is asked for; [`Session::open_theirs`] accepts it.
+    Start(Frame),
+    /// A frame of a stream that the other side opened.
+    Request(Frame),
+    /// It closed its side of such a stream; it is off the table.
+    Ended(Frame),
+    /// An answer on a stream of ours; with END, it is off the table.
+    Answer(Frame),
+    /// Nothing to do: a pong, or a late frame of a stream that has ended.
+    Nothing,
+}
+
+/// A session over a connection whose bytes somebody else moves.
+#[derive(Debug)]
+pub struct Session<K> {
+    role: Role,
+    state: State,
+    timers: Timers,
+    opened: Millis,
+    heard: Millis,
+    active: Millis,
+    resume: Option<Millis>,
+    next_ours: u64,
+    last_theirs: u64,
+    pinged: Option<Millis>,
+    streams: BTreeMap<u64, Stream<K>>,
+}
+
+impl<K> Session<K> {
+    /// A session in Idle.
+    #[must_use]
+    pub fn new(role: Role, timers: Timers, now: Millis) -> Self {
+        Self {
+            role,
+            state: State::Idle,
+            timers,
+            opened: now,
+            heard: now,
+            active: now,
+            resume: None,
+            next_ours: if role == Role::Dialler { 1 } else { 2 },
+            last_theirs: 0,
+            pinged: None,
+            streams: BTreeMap::new(),
+        }
+    }
+
+    /// The transport is up and authenticated: Idle to Handshake. A dialler gets the HELLO to
+    /// send.
+    pub fn handle_connected(&mut self, hello: &Hello, now: Millis) -> Option<Frame> {
+        if self.state != State::Idle {
+            return None;
+        }
+        self.state = State::Handshake;
+        self.active = now;
+        (self.role == Role::Dialler).then(|| {
+            let corr_id = self.next_corr();
+            Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), corr_id, json(hello))
+        })
+    }
+
+    /// A frame arrived.
+    ///
+    /// # Errors
+    /// It is illegal in this state: the refusal goes back on its stream, and where the state
+    /// is not Active or Backoff the session closes after it.
+    pub fn handle_frame(&mut self, frame: Frame, now: Millis) -> Result<Event, Refusal> {
+        self.heard = now;
+        self.active = now;
+        match self.state {
+            State::Idle | State::Closed => Err(Refusal::new(Status::BadRequest, "no frame is legal in this state")),
+            State::Handshake => self.greeting(frame),
+            State::Active | State::Backoff => self.frame(frame),
+        }
+    }
+
+    fn greeting(&mut self, frame: Frame) -> Result<Event, Refusal> {
+        const HELLO_FIRST: Refusal = Refusal::new(Status::BadRequest, "HELLO comes first");
+        let control = frame.app == AppProto::CONTROL;
+        match self.role {
+            Role::Acceptor if control && frame.flags == Flags::REQ => {
+                let hello = parse(&frame.payload).ok_or(HELLO_FIRST)?;
+                self.last_theirs = frame.corr_id;
+                Ok(Event::Hello(frame, hello))
+            }
+            Role::Dialler if control && frame.flags.has(Flags::RESP) && frame.corr_id == 1 && frame.code == 200 => {
+                let reply = parse(&frame.payload).ok_or(HELLO_FIRST)?;
+                self.state = State::Active;
+                Ok(Event::Welcomed(reply))
+            }
+            Role::Acceptor | Role::Dialler => Err(HELLO_FIRST),
+        }
+    }
+
+    /// Answers a HELLO: Handshake to Active.
+    pub fn answer_hello(&mut self, hello: &Frame, reply: &HelloReply) -> Frame {
+        self.state = State::Active;
+        Frame::response(hello, 200, false, json(reply))
+    }
+
+    fn frame(&mut self, frame: Frame) -> Result<Event, Refusal> {
+        let bad = |message| Err(Refusal::new(Status::BadRequest, message));
+        let kinds = [Flags::REQ, Flags::RESP, Flags::EVENT].iter().filter(|kind| frame.flags.has(**kind)).count();
+        if kinds != 1 {
+            return bad("a frame is exactly one of REQ, RESP and EVENT");
+        }
+        if frame.flags.has(Flags::COMP) || frame.flags.has(Flags::ACK_REQ) {
+            return bad("COMP and ACK_REQ are not in flags_supported");
+        }
+        if frame.flags.has(Flags::EVENT) {
+            return bad("no subscription asked for this event");
+        }
+        if frame.flags.has(Flags::RESP) {
+            return self.answer(frame);
+        }
+        if frame.app == AppProto::CONTROL {
+            let ping = frame.flags == Flags::REQ && frame.payload.len() <= MAX_PING;
+            return if ping { Ok(Event::Ping(frame)) } else { bad("not a ping") };
+        }
+        if frame.flags.has(Flags::START) { self.start(frame) } else { self.request(frame) }
+    }
+
+    fn start(&mut self, frame: Frame) -> Result<Event, Refusal> {
+        let bad = |message| Err(Refusal::new(Status::BadRequest, message));
+        let theirs_odd = self.role == Role::Acceptor;
+        if frame.corr_id == 0 || (frame.corr_id % 2 == 1) != theirs_odd {
+            return bad("corr_id is of the other side's numbers");
+        }
+        if frame.corr_id <= self.last_theirs {
+            return bad("corr_id was used before");
+        }
+        if ![AppProto::PUBSUB, AppProto::GOSSIP, AppProto::ADMIN].contains(&frame.app) {
+            return bad("no such app_proto_id");
+        }
+        self.last_theirs = frame.corr_id;
+        if self.streams.values().filter(|stream| !stream.ours).count() >= MAX_STREAMS {
+            return Err(Refusal::later(Status::QuotaExhausted, "too many streams", 1_000));
+        }
+        Ok(Event::Start(frame))
+    }
+
+    fn request(&mut self, frame: Frame) -> Result<Event, Refusal> {
+        let bad = |message| Err(Refusal::new(Status::BadRequest, message));
+        let Some(stream) = self.streams.get(&frame.corr_id).filter(|stream| !stream.ours) else {
+            // Sent before the refusal or the end of its stream was heard.
+            return if frame.corr_id <= self.last_theirs { Ok(Event::Nothing) } else { bad("the stream never started") };
+        };
+        if (stream.app, stream.tenant) != (frame.app, frame.tenant) {
+            return bad("a stream keeps its START's app_proto_id and tenant_id");
+        }
+        Ok(if frame.flags.has(Flags::END) { Event::Ended(frame) } else { Event::Request(frame) })
+    }
+
+    fn answer(&mut self, frame: Frame) -> Result<Event, Refusal> {
+        if frame.app == AppProto::CONTROL && self.pinged.is_some() {
+            self.pinged = None;
+            return Ok(Event::Nothing);
+        }
+        let ours = self.streams.get(&frame.corr_id).is_some_and(|stream| stream.ours && stream.app == frame.app);
+        match (ours, frame.code) {
+            (true, _) => Ok(Event::Answer(frame)),
+            // A refusal is never answered by another, or two sides would do so for ever.
+            (false, 400..) => Ok(Event::Nothing),
+            (false, _) => Err(Refusal::new(Status::BadRequest, "nothing was asked on this stream")),
+        }
+    }
+
+    /// Puts the stream of a START that was accepted on the table.
+    pub fn open_theirs(&mut self, start: &Frame, kind: K) {
+        self.streams.insert(start.corr_id, Stream { app: start.app, tenant: start.tenant, kind, ours: false });
+    }
+
+    /// Opens a stream of our own: the START to send.
+    pub fn open_ours(&mut self, app: AppProto, tenant: TenantId, cap: Bytes, payload: Bytes, kind: K) -> Frame {
+        let corr_id = self.next_corr();
+        self.streams.insert(corr_id, Stream { app, tenant, kind, ours: true });
+        Frame { cap, ..Frame::new(Flags::REQ | Flags::START, app, tenant, corr_id, payload) }
+    }
+
+    /// The stream `corr_id`.
+    pub fn stream_mut(&mut self, corr_id: u64) -> Option<&mut Stream<K>> {
+        self.streams.get_mut(&corr_id)
+    }
+
+    /// Takes the stream `corr_id` off the table.
+    pub fn close_stream(&mut self, corr_id: u64) -> Option<Stream<K>> {
+        self.streams.remove(&corr_id)
+    }
+
+    /// Every open stream.
+    pub fn streams(&self) -> impl Iterator<Item = (u64, &Stream<K>)> {
+        self.streams.iter().map(|(corr_id, stream)| (*corr_id, stream))
+    }
+
+    /// Bytes left towards the other side.
+    pub fn handle_sent(&mut self, now: Millis) {
+        self.active = now;
+    }
+
+    /// The other side said 429 or 503: Active to Backoff, for `delay_ms`.
+    pub fn back_off(&mut self, delay_ms: u64, now: Millis) {
+        if self.state == State::Active {
+            self.state = State::Backoff;
+            self.resume = Some(now.after(delay_ms));
+        }
+    }
+
+    /// Ends the session. Its streams go.
+    pub fn close(&mut self) {
+        self.state = State::Closed;
+        self.streams.clear();
+    }
+
+    /// A deadline passed.
+    ///
+    /// # Errors
+    /// The session is over, with this reason.
+    pub fn handle_timeout(&mut self, now: Millis) -> Result<Tick, Reason> {
+        let idle = self.timers.idle_ms;
+        match self.state {
+            State::Closed => return Ok(Tick::Nothing),
+            State::Idle | State::Handshake if now.since(self.opened) >= self.timers.handshake_ms => return Err(Reason::Timeout),
+            State::Idle | State::Handshake => return Ok(Tick::Nothing),
+            State::Active | State::Backoff => {}
+        }
+        let unanswered = self.pinged.is_some_and(|at| now.since(at) >= idle && self.heard <= at);
+        if unanswered || now.since(self.active) >= idle {
+            return Err(Reason::Timeout);
+        }
+        if self.resume.is_some_and(|at| now >= at) {
+            self.resume = None;
+            self.state = State::Active;
+            return Ok(Tick::Resume);
+        }
+        if self.role == Role::Dialler && self.pinged.is_none() && now.since(self.heard) >= idle / 3 {
+            self.pinged = Some(now);
+            let corr_id = self.next_corr();
+            return Ok(Tick::Ping(Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), corr_id, Bytes::new())));
+        }
+        Ok(Tick::Nothing)
+    }
+
+    /// When [`Self::handle_timeout`] has something to do next.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Millis> {
+        let idle = self.timers.idle_ms;
+        match self.state {
+            State::Closed => None,
+            State::Idle | State::Handshake => Some(self.opened.after(self.timers.handshake_ms)),
+            State::Active | State::Backoff => {
+                let end = self.active.after(idle);
+                let ping = match (self.role, self.pinged) {
+                    (Role::Dialler, None) => Some(self.heard.after(idle / 3)),
+                    (Role::Dialler, Some(at)) => Some(at.after(idle)),
+                    (Role::Acceptor, _) => None,
+                };
+                [Some(end), ping, self.resume].into_iter().flatten().min()
+            }
+        }
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// Which side opened it.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Milliseconds since it began, and since a frame went either way.
+    #[must_use]
+    pub fn ages(&self, now: Millis) -> (u64, u64) {
+        (now.since(self.opened), now.since(self.active))
+    }
+
+    fn next_corr(&mut self) -> u64 {
+        let corr_id = self.next_ours;
+        self.next_ours = self.next_ours.saturating_add(2);
+        corr_id
+    }
+}
+
+/// What a deadline that is not an end asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Tick {
+    /// Nothing.
+    Nothing,
+    /// Send this.
+    Ping(Frame),
+    /// The delay is over: ask again.
+    Resume,
+}
+
+#[cfg(test)]
+mod tests;

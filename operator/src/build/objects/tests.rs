@@ -1,0 +1,190 @@
+use overlay_core::identity::SpiffeId;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::api::{Duration, Image, OverlayNodeSpec, PullPolicy, Quantity, Resources, SecretName};
+use crate::build::{Placement, daemon_config, image, peers_config};
+
+const ID: &str = "spiffe://overlay.local/ns/a/overlaynode/mesh";
+
+fn node(change: impl FnOnce(&mut OverlayNodeSpec)) -> OverlayNode {
+    let mut spec = OverlayNodeSpec::default();
+    change(&mut spec);
+    let mut node = OverlayNode::new("mesh", spec);
+    node.metadata.namespace = Some("a".into());
+    node.metadata.uid = Some("11111111-2222-3333-4444-555555555555".into());
+    node
+}
+
+fn build(node: &OverlayNode) -> Result<Objects, BuildError> {
+    let id: SpiffeId = ID.parse().unwrap();
+    let config = daemon_config(node, &Placement::pod(node));
+    let replicas = u32::try_from(node.spec.replicas).unwrap();
+    let peers: Vec<_> = (0..replicas).map(|n| peers_config(node, &id, n, |m| names::pod_address(node, m))).collect();
+    let some = |text: &str| text.as_bytes().to_vec();
+    let credentials = Credentials {
+        certificate: some("certificate"),
+        key: some("key"),
+        ca: some("ca"),
+        token_keys: some("{}"),
+        peer_token: some("peer token"),
+        local_token: some("local token"),
+    };
+    let image = image(node, "registry.example/overlay-daemon:1.0");
+    objects(&Inputs { node, config: &config, peers: &peers, image: &image, credentials: &credentials })
+}
+
+fn stateful_set(node: &OverlayNode) -> Value {
+    serde_json::to_value(build(node).unwrap().stateful_set).unwrap()
+}
+
+#[test]
+fn everything_is_named_labelled_and_owned() {
+    let o = build(&node(|_| ())).unwrap();
+    let metadata = [
+        ("mesh", &o.service_account.metadata),
+        ("mesh-tls", &o.tls.metadata),
+        ("mesh-token", &o.token.metadata),
+        ("mesh-config", &o.config.metadata),
+        ("mesh-peers", &o.peers.metadata),
+        ("mesh", &o.client.metadata),
+        ("mesh", &o.stateful_set.metadata),
+    ];
+    for (name, metadata) in metadata {
+        assert_eq!((metadata.name.as_deref(), metadata.namespace.as_deref()), (Some(name), Some("a")));
+        let labels = metadata.labels.as_ref().unwrap();
+        assert_eq!((labels[labels::NAME].as_str(), labels[labels::MANAGED_BY].as_str()), ("mesh", labels::OPERATOR));
+        let owner = serde_json::to_value(&metadata.owner_references).unwrap();
+        let want = json!([{
+            "apiVersion": "overlay.rustyonions.io/v1alpha1", "kind": "OverlayNode", "name": "mesh",
+            "uid": "11111111-2222-3333-4444-555555555555", "controller": true,
+        }]);
+        assert_eq!(owner, want);
+    }
+}
+
+/// The pods fit the restricted Pod Security standard, and mount nothing that is not theirs.
+#[test]
+fn the_stateful_set() {
+    let got = stateful_set(&node(|_| ()));
+    let want: Value = serde_json::from_str(include_str!("stateful-set.json")).unwrap();
+    assert_eq!(got, want, "got:\n{}", serde_json::to_string_pretty(&got).unwrap());
+}
+
+#[test]
+fn services() {
+    let o = build(&node(|spec| spec.transports.tcp.port = 7000)).unwrap();
+    let spec = |service: &Service| serde_json::to_value(&service.spec).unwrap();
+    let selector = json!({ "app.kubernetes.io/name": "overlay-daemon", "overlay.rustyonions.io/name": "mesh" });
+    let session = json!({ "name": "overlay", "port": 7000, "protocol": "TCP", "targetPort": "overlay" });
+    let admin = json!({ "name": "overlay-admin", "port": 9600, "protocol": "TCP", "targetPort": "overlay-admin" });
+    let client = json!({ "type": "ClusterIP", "selector": selector, "ports": [session] });
+    assert_eq!(spec(&o.client), client);
+    let peers = json!({
+        "type": "ClusterIP", "clusterIP": "None", "publishNotReadyAddresses": true,
+        "selector": selector, "ports": [session, admin],
+    });
+    assert_eq!(spec(&o.peers), peers);
+}
+
+#[test]
+fn a_service_account_without_a_mounted_token() {
+    let o = build(&node(|_| ())).unwrap();
+    assert_eq!(o.service_account.automount_service_account_token, Some(false));
+    assert_eq!(o.stateful_set.spec.unwrap().template.spec.unwrap().automount_service_account_token, Some(false));
+}
+
+#[test]
+fn configuration_and_secrets() {
+    let o = build(&node(|spec| spec.replicas = 2)).unwrap();
+    let files = o.config.data.unwrap();
+    assert_eq!(files.keys().collect::<Vec<_>>(), ["overlay.toml", "peers-mesh-0.toml", "peers-mesh-1.toml"]);
+    let peers = overlay_core::config::peers(&files["peers-mesh-1.toml"]).unwrap();
+    assert_eq!((peers.name.as_str(), peers.peers.len()), ("mesh-1", 1));
+    assert_eq!(peers.peers[0].address, "mesh-0.mesh-peers.a.svc:9500");
+    let config = overlay_core::config::daemon(&files["overlay.toml"]).unwrap();
+    let template = o.stateful_set.spec.unwrap().template.metadata.unwrap().annotations.unwrap();
+    assert_eq!(template[labels::CONFIG_HASH], config.hash().unwrap());
+    let keys = |secret: &Secret| secret.data.as_ref().unwrap().keys().cloned().collect::<Vec<_>>();
+    assert_eq!((keys(&o.tls), o.tls.type_.as_deref()), (vec!["ca.crt".into(), "tls.crt".into(), "tls.key".into()], Some("kubernetes.io/tls")));
+    assert_eq!(keys(&o.token), ["local", "peer", "token-keys.json"]);
+}
+
+/// Peers are not in the hash: a scale up rolls nothing.
+#[test]
+fn what_rolls_pods() {
+    let template = |change: fn(&mut OverlayNodeSpec)| stateful_set(&node(change))["spec"]["template"].clone();
+    let base = template(|_| ());
+    assert_eq!(base, template(|s| s.replicas = 5));
+    assert_ne!(base, template(|s| s.limits.inflight = 100));
+    assert_ne!(base, template(|s| s.transports.tcp.port = 7000));
+}
+
+#[test]
+fn what_a_spec_sets_of_a_pod() {
+    let set = stateful_set(&node(|spec| {
+        spec.replicas = 0;
+        spec.image = Some(Image { pull_policy: Some(PullPolicy::Never), ..Default::default() });
+        spec.image_pull_secrets = vec![SecretName { name: "registry".into() }];
+        spec.resources = Some(Resources {
+            limits: [("memory".to_owned(), Quantity("64Mi".into()))].into(),
+            ..Default::default()
+        });
+        spec.node_selector = [("disk".to_owned(), "fast".to_owned())].into();
+        spec.drain.delay = Duration::from_millis(1_500);
+        spec.drain.timeout = Duration::from_secs(60);
+    }));
+    assert_eq!(set["spec"]["replicas"], 0);
+    let pod = &set["spec"]["template"]["spec"];
+    assert_eq!(pod["terminationGracePeriodSeconds"], 67, "1.5 and 60, rounded up, and 5");
+    assert_eq!(pod["imagePullSecrets"], json!([{ "name": "registry" }]));
+    assert_eq!(pod["nodeSelector"], json!({ "disk": "fast" }));
+    assert_eq!(pod["containers"][0]["resources"], json!({ "limits": { "memory": "64Mi" } }));
+    assert_eq!(pod["containers"][0]["imagePullPolicy"], "Never");
+}
+
+#[test]
+fn images() {
+    let digest = format!("sha256:{}", "a".repeat(64));
+    let some = |s: &str| Some(s.to_owned());
+    let pinned = format!("r.example:5000/x:1@{digest}");
+    for (default, repository, tag, with_digest, want) in [
+        ("overlay-daemon:1", None, None, false, "overlay-daemon:1".to_owned()),
+        ("r.example:5000/x", None, None, false, "r.example:5000/x".to_owned()),
+        (&pinned, None, None, false, pinned.clone()),
+        (&pinned, None, Some("2"), false, "r.example:5000/x:2".to_owned()),
+        (&pinned, Some("mine/y"), None, false, "mine/y:1".to_owned()),
+        ("x:1", Some("mine/y"), Some("2"), false, "mine/y:2".to_owned()),
+        ("x:1", None, None, true, format!("x@{digest}")),
+        ("x:1", Some("mine/y"), Some("2"), true, format!("mine/y:2@{digest}")),
+    ] {
+        let node = node(|spec| {
+            spec.image = Some(Image {
+                repository: repository.and_then(some),
+                tag: tag.and_then(some),
+                digest: with_digest.then(|| digest.clone()),
+                pull_policy: None,
+            });
+        });
+        assert_eq!(image(&node, default), want);
+    }
+}
+
+#[test]
+fn too_much_configuration() {
+    let node = node(|_| ());
+    let id: SpiffeId = format!("spiffe://overlay.local/ns/a/overlaynode/{}", "m".repeat(1_900)).parse().unwrap();
+    let mut big = node.clone();
+    big.spec.replicas = 64;
+    let peers: Vec<_> = (0..64).map(|n| peers_config(&big, &id, n, |m| names::pod_address(&big, m))).collect();
+    let config = daemon_config(&big, &Placement::pod(&big));
+    let empty = Vec::new;
+    let credentials = Credentials {
+        certificate: empty(), key: empty(), ca: empty(), token_keys: empty(), peer_token: empty(), local_token: empty(),
+    };
+    let result = objects(&Inputs { node: &big, config: &config, peers: &peers, image: "x", credentials: &credentials });
+    match result {
+        Err(BuildError::ConfigTooLarge { replicas: 64, bytes }) => assert!(bytes > MAX_CONFIG),
+        _ => panic!("it was built"),
+    }
+}

@@ -1,0 +1,237 @@
+//! What a daemon's pods look like: the StatefulSet. Fits the restricted Pod Security
+//! standard; decides security context, probes, mounts and grace period, and nothing about
+//! what the daemon does.
+
+use k8s_openapi::api::apps::v1::{StatefulSet, StatefulSetSpec, StatefulSetUpdateStrategy};
+use k8s_openapi::api::core::v1::{
+    Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar, EnvVarSource,
+    HTTPGetAction, LocalObjectReference, ObjectFieldSelector, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
+    SeccompProfile, SecretVolumeSource, SecurityContext, Volume, VolumeMount,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+use super::labels::{self, labels, selector};
+use super::objects::{Inputs, metadata};
+use super::{names, placement};
+use crate::api::OverlayNode;
+
+/// User and group of the daemon: the number that images without users have for "nobody".
+const UID: i64 = 65_532;
+/// Seconds beyond delay and timeout of the drain, to be gone before the kubelet kills.
+const GRACE_MARGIN: u64 = 5;
+/// Seconds that a daemon may take to answer at all.
+const STARTUP_SECONDS: i32 = 120;
+
+/// NAME, its pods annotated with the configuration's `hash` so that a new one rolls them.
+pub(super) fn stateful_set(inputs: &Inputs<'_>, hash: &str) -> StatefulSet {
+    let node = inputs.node;
+    let name = names::name(node);
+    StatefulSet {
+        metadata: metadata(node, name.to_owned()),
+        spec: Some(StatefulSetSpec {
+            replicas: Some(node.spec.replicas),
+            service_name: Some(names::peers_service(node)),
+            // Daemons wait for one another to be ready, so none may wait for another to be started.
+            pod_management_policy: Some("Parallel".to_owned()),
+            update_strategy: Some(StatefulSetUpdateStrategy { type_: Some("RollingUpdate".to_owned()), rolling_update: None }),
+            selector: LabelSelector { match_labels: Some(selector(name)), ..Default::default() },
+            template: PodTemplateSpec {
+                metadata: Some(ObjectMeta {
+                    labels: Some(labels(name)),
+                    annotations: Some(
+                        [
+                            (labels::CONFIG_HASH.to_owned(), hash.to_owned()),
+                            ("kubectl.kubernetes.io/default-container".to_owned(), names::CONTAINER.to_owned()),
+                        ]
+                        .into(),
+                    ),
+                    ..Default::default()
+                }),
+                spec: Some(pod(inputs)),
+            },
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+/// The daemon's image: what the spec says of it, and for the rest what `default` does. A
+/// repository without tag or digest takes the default's tag, never its digest, which is of
+/// another repository.
+#[must_use]
+pub fn image(node: &OverlayNode, default: &str) -> String {
+    let (default, default_digest) = match default.split_once('@') {
+        Some((rest, digest)) => (rest, Some(digest)),
+        None => (default, None),
+    };
+    let slash = default.rfind('/').map_or(0, |i| i + 1);
+    let (default_repository, default_tag) = match default.get(slash..).and_then(|last| last.find(':')) {
+        Some(colon) => (&default[..slash + colon], Some(&default[slash + colon + 1..])),
+        None => (default, None),
+    };
+    let spec = node.spec.image.clone().unwrap_or_default();
+    let repository = spec.repository.as_deref().unwrap_or(default_repository);
+    let tag = spec.tag.as_deref().or(if spec.digest.is_some() { None } else { default_tag });
+    let digest = match (&spec.digest, &spec.tag, &spec.repository) {
+        (Some(digest), ..) => Some(digest.as_str()),
+        (None, None, None) => default_digest,
+        _ => None,
+    };
+    let mut image = repository.to_owned();
+    for (mark, part) in [(':', tag), ('@', digest)] {
+        if let Some(part) = part {
+            image.push(mark);
+            image.push_str(part);
+        }
+    }
+    image
+}
+
+fn pod(inputs: &Inputs<'_>) -> PodSpec {
+    let node = inputs.node;
+    let drain_ms = inputs.config.drain.delay_ms.saturating_add(inputs.config.drain.timeout_ms);
+    let grace = drain_ms.div_ceil(1_000).saturating_add(GRACE_MARGIN);
+    PodSpec {
+        service_account_name: Some(names::name(node).to_owned()),
+        automount_service_account_token: Some(false),
+        enable_service_links: Some(false),
+        termination_grace_period_seconds: i64::try_from(grace).ok(),
+        security_context: Some(PodSecurityContext {
+            run_as_non_root: Some(true),
+            run_as_user: Some(UID),
+            run_as_group: Some(UID),
+            fs_group: Some(UID),
+            fs_group_change_policy: Some("OnRootMismatch".to_owned()),
+            seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".to_owned(), localhost_profile: None }),
+            ..Default::default()
+        }),
+        image_pull_secrets: some(
+            node.spec.image_pull_secrets.iter().map(|s| LocalObjectReference { name: s.name.clone() }).collect(),
+        ),
+        node_selector: (!node.spec.node_selector.is_empty()).then(|| node.spec.node_selector.clone()),
+        tolerations: some(node.spec.tolerations.clone()),
+        containers: vec![container(inputs)],
+        volumes: Some(volumes(node)),
+        ..Default::default()
+    }
+}
+
+fn some<T>(items: Vec<T>) -> Option<Vec<T>> {
+    (!items.is_empty()).then_some(items)
+}
+
+fn container(inputs: &Inputs<'_>) -> Container {
+    let text = str::to_owned;
+    let config = |file: &str| format!("{}/{file}", placement::POD_CONFIG);
+    let port = |name: &str, number: u16| ContainerPort {
+        name: Some(text(name)),
+        container_port: i32::from(number),
+        protocol: Some(text("TCP")),
+        ..Default::default()
+    };
+    Container {
+        name: text(names::CONTAINER),
+        image: Some(text(inputs.image)),
+        image_pull_policy: pull_policy(inputs.node),
+        command: Some(vec![text("overlay-daemon")]),
+        args: Some(vec![
+            text("run"),
+            text("--config"),
+            config(names::CONFIG_FILE),
+            text("--peers"),
+            config(&names::peers_file("$(POD_NAME)")),
+        ]),
+        env: Some(vec![
+            EnvVar {
+                name: text("POD_NAME"),
+                value_from: Some(EnvVarSource {
+                    field_ref: Some(ObjectFieldSelector { field_path: text("metadata.name"), api_version: None }),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            },
+            EnvVar {
+                name: text("OVERLAY_TOKEN_FILE"),
+                value: Some(format!("{}/{}", placement::POD_TOKEN, placement::LOCAL_TOKEN)),
+                ..Default::default()
+            },
+        ]),
+        ports: Some(vec![
+            port(names::SESSION_PORT, inputs.config.overlay.listen.port()),
+            port(names::ADMIN_PORT, inputs.config.observability.metrics.port()),
+        ]),
+        // Startup and liveness never depend on peers: a mesh that cannot form must not be restarted over it.
+        startup_probe: Some(probe("/healthz", 1, STARTUP_SECONDS)),
+        liveness_probe: Some(probe("/healthz", 10, 3)),
+        readiness_probe: Some(probe("/readyz", 2, 2)),
+        resources: inputs.node.spec.resources.as_ref().map(crate::api::Resources::to_container),
+        security_context: Some(SecurityContext {
+            allow_privilege_escalation: Some(false),
+            capabilities: Some(Capabilities { drop: Some(vec![text("ALL")]), add: None }),
+            read_only_root_filesystem: Some(true),
+            ..Default::default()
+        }),
+        volume_mounts: Some(vec![
+            mount("config", placement::POD_CONFIG, true),
+            mount("tls", placement::POD_TLS, true),
+            mount("token", placement::POD_TOKEN, true),
+            mount("run", placement::POD_RUN, false),
+        ]),
+        ..Default::default()
+    }
+}
+
+fn pull_policy(node: &OverlayNode) -> Option<String> {
+    node.spec.image.as_ref().and_then(|image| image.pull_policy).map(|policy| policy.as_str().to_owned())
+}
+
+fn probe(path: &str, period: i32, failures: i32) -> Probe {
+    Probe {
+        http_get: Some(HTTPGetAction {
+            path: Some(path.to_owned()),
+            port: IntOrString::String(names::ADMIN_PORT.to_owned()),
+            ..Default::default()
+        }),
+        period_seconds: Some(period),
+        timeout_seconds: Some(2),
+        failure_threshold: Some(failures),
+        ..Default::default()
+    }
+}
+
+fn mount(name: &str, path: &str, read_only: bool) -> VolumeMount {
+    VolumeMount {
+        name: name.to_owned(),
+        mount_path: path.to_owned(),
+        read_only: read_only.then_some(true),
+        ..Default::default()
+    }
+}
+
+/// Whole directories, never single files: only those are refreshed in a running pod.
+fn volumes(node: &OverlayNode) -> Vec<Volume> {
+    let secret = |volume: &str, secret: String| Volume {
+        name: volume.to_owned(),
+        secret: Some(SecretVolumeSource { secret_name: Some(secret), default_mode: Some(0o440), ..Default::default() }),
+        ..Default::default()
+    };
+    vec![
+        Volume {
+            name: "config".to_owned(),
+            config_map: Some(ConfigMapVolumeSource { name: names::config_map(node), ..Default::default() }),
+            ..Default::default()
+        },
+        secret("tls", names::tls_secret(node)),
+        secret("token", names::token_secret(node)),
+        Volume {
+            name: "run".to_owned(),
+            empty_dir: Some(EmptyDirVolumeSource {
+                medium: Some("Memory".to_owned()),
+                size_limit: Some(Quantity("1Mi".to_owned())),
+            }),
+            ..Default::default()
+        },
+    ]
+}

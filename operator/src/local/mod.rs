@@ -1,0 +1,171 @@
+//! `overlay-operator local`: the embedded default, without a cluster. The same manifests as
+//! `kubectl apply` takes, admitted by the same rules and built by the same code, run as child
+//! processes on loopback.
+//!
+//! This file composes: manifests → admit → daemon program → runtime folder → plan →
+//! credentials → run. Nothing is started before all of a manifest is known to be good, and
+//! nothing is left when it returns.
+
+mod child;
+mod credentials;
+mod daemon_program;
+mod events;
+mod log;
+mod manifests;
+mod output;
+mod plan;
+mod ports;
+mod probe;
+mod process;
+mod run;
+mod runtime_dir;
+mod supervise;
+mod table;
+
+use std::io::{self, IsTerminal};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
+
+use overlay_core::identity::SpiffeId;
+
+use self::events::Event;
+use self::output::{Form, Output};
+use self::run::{Goal, Outcome, Run, Signals};
+use self::runtime_dir::RuntimeDir;
+use crate::admit::Admitted;
+use crate::api::OverlayNode;
+use crate::build::names;
+
+/// Run the daemons of OverlayNode manifests on this machine, without a cluster.
+#[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
+pub struct Args {
+    /// Manifests: files, folders, or - for standard input.
+    #[arg(value_name = "FILE|DIR|-", required = true)]
+    pub inputs: Vec<PathBuf>,
+    /// Check the manifests, and start nothing.
+    #[arg(long, conflicts_with_all = ["exit_when_ready", "output"])]
+    pub dry_run: bool,
+    /// Stop everything once all daemons are ready; fails if they are not in time.
+    #[arg(long)]
+    pub exit_when_ready: bool,
+    /// How long --exit-when-ready waits: 60s, 1m30s.
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration, requires = "exit_when_ready")]
+    pub ready_timeout: Duration,
+    /// What standard output shows; a table on a terminal, else plain.
+    #[arg(long, value_enum)]
+    pub output: Option<OutputForm>,
+    /// Leave out what the daemons log.
+    #[arg(long)]
+    pub quiet: bool,
+    /// The trust domain of the daemons' identities.
+    #[arg(long, value_name = "DOMAIN", default_value = names::DEFAULT_TRUST_DOMAIN, value_parser = trust_domain)]
+    pub trust_domain: String,
+}
+
+/// What `--output` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OutputForm {
+    /// A live table.
+    Table,
+    /// A line for whatever happens.
+    Plain,
+    /// One JSON object a line, the first once all daemons are ready.
+    Json,
+}
+
+/// Why nothing was started.
+#[derive(Debug, thiserror::Error)]
+enum LocalError {
+    #[error("{}", .0.join("\n"))]
+    Manifests(Vec<String>),
+    #[error(transparent)]
+    Program(#[from] daemon_program::NotFound),
+    #[error(transparent)]
+    RuntimeDir(#[from] runtime_dir::RuntimeDirError),
+    #[error(transparent)]
+    Plan(#[from] plan::PlanError),
+    #[error(transparent)]
+    Credentials(#[from] credentials::CredentialsError),
+    #[error("no free ports on loopback: {0}")]
+    Ports(#[source] io::Error),
+    #[error("signals cannot be caught: {0}")]
+    Signals(#[source] io::Error),
+}
+
+/// Runs to the end. Everything that is wrong was told on standard error.
+pub async fn run(args: Args) -> ExitCode {
+    match run_inner(&args).await {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Failed) => ExitCode::FAILURE,
+        Err(error) => {
+            for line in error.to_string().lines() {
+                eprintln!("error: {line}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run_inner(args: &Args) -> Result<Outcome, LocalError> {
+    let admitted = manifests::read(&args.inputs).map_err(LocalError::Manifests)?;
+    if args.dry_run {
+        admitted.iter().for_each(|admitted| println!("{}", good(admitted)));
+        return Ok(Outcome::Done);
+    }
+    let nodes: Vec<OverlayNode> = admitted.into_iter().map(|admitted| admitted.node).collect();
+    let program = daemon_program::find()?;
+    // From here on a signal ends the run in order.
+    let mut signals = Signals::install().map_err(LocalError::Signals)?;
+    let ports = ports::free(plan::count(&nodes) * plan::PORTS_EACH).map_err(LocalError::Ports)?;
+    let uid = rustix::process::geteuid().as_raw();
+    let root = runtime_dir::root(std::env::var_os("XDG_RUNTIME_DIR").as_deref(), uid)?;
+    let daemons = plan::daemons(&nodes, &root, &args.trust_domain, &ports)?;
+    let taken: Vec<_> =
+        nodes.iter().map(|node| (names::namespace(node).to_owned(), names::name(node).to_owned())).collect();
+    let mut dir = RuntimeDir::take(&root, &taken, uid)?;
+    credentials::write(&mut dir, &nodes, &daemons, SystemTime::now())?;
+
+    let output = Output::new(form(args.output), args.quiet, io::stdout(), io::stderr());
+    let goal = if args.exit_when_ready { Goal::Ready(args.ready_timeout) } else { Goal::Stay };
+    let (run, lines) = Run::new(daemons, program, goal, output);
+    let (outcome, mut output) = run.drive(lines, &mut signals).await;
+    dir.remove()?;
+    output.say("stopped", Some(&Event::Stopped));
+    Ok(outcome)
+}
+
+fn good(admitted: &Admitted) -> String {
+    let node = &admitted.node;
+    format!("OverlayNode {}/{} is valid: {} replicas", names::namespace(node), names::name(node), node.spec.replicas)
+}
+
+fn form(asked: Option<OutputForm>) -> Form {
+    match asked {
+        Some(OutputForm::Table) => Form::Table,
+        Some(OutputForm::Plain) => Form::Plain,
+        Some(OutputForm::Json) => Form::Json,
+        None if io::stdout().is_terminal() && output::terminal().is_some() => Form::Table,
+        None => Form::Plain,
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let duration: crate::api::Duration = text.parse().map_err(|error: crate::api::DurationError| error.to_string())?;
+    Ok(duration.get())
+}
+
+fn trust_domain(text: &str) -> Result<String, String> {
+    let fits = text.len() <= MAX_TRUST_DOMAIN && SpiffeId::overlay_node(text, "namespace", "name").is_ok();
+    if fits {
+        Ok(text.to_owned())
+    } else {
+        Err(format!("must be 1 to {MAX_TRUST_DOMAIN} lowercase letters, digits, '-', '_' and '.'"))
+    }
+}
+
+/// Bytes of a trust domain (the SPIFFE-ID specification, section 2.1).
+const MAX_TRUST_DOMAIN: usize = 255;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,312 @@
+//! One OverlayNode, once through: dereference → validate → build → plan → apply → status.
+//! Decides the order of the steps and what a failed step means; each step is its own module.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use kube::{Client, ResourceExt};
+use overlay_core::config::{self, DaemonConfig, PeersConfig};
+use overlay_core::identity::SpiffeId;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::credentials::{self, Certificate, Current, Standing, Subject, Tokens};
+use super::dereference::{self, Caches};
+use super::installation::{self, TO_COMPARE, TO_ISSUE};
+use super::metrics::Metrics;
+use super::plan::{self, Kind, Obstacle, Owner, Wanted};
+use super::status::{self, Built, Facts, Pods, Problem, Reason};
+use super::apply;
+use crate::api::{OverlayNode, OverlayNodeStatus, TlsSource, TlsStatus};
+use crate::build::{self, BuildError, Inputs, Objects, Placement, labels, names};
+
+/// What a reconciliation works with.
+pub(super) struct Context {
+    /// The API server.
+    pub client: Client,
+    /// The installation's trust domain.
+    pub trust_domain: String,
+    /// The image of OverlayNodes that name none.
+    pub daemon_image: String,
+    /// What is watched.
+    pub caches: Caches,
+    /// The installation's keys.
+    pub installation: installation::Store,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+}
+
+/// How it went.
+pub(super) struct Outcome {
+    /// What kept it from being applied.
+    pub problem: Option<Problem>,
+    /// In how long a certificate or token is due, where that is known.
+    pub renewal: Option<Duration>,
+}
+
+/// A spec that can be carried out.
+struct Valid {
+    identity: SpiffeId,
+    config: DaemonConfig,
+    peers: Vec<PeersConfig>,
+    image: String,
+}
+
+/// What has been found out so far; of use for the status even where a later step fails.
+#[derive(Default)]
+struct Progress {
+    pods: Pods,
+    built: Option<Built>,
+    renewal: Option<Duration>,
+}
+
+/// Brings about what `node` says, and reports it in its status.
+///
+/// # Errors
+/// The status could not be written; what went wrong before that is in the outcome.
+pub(super) async fn reconcile(context: &Context, node: &OverlayNode) -> Result<Outcome, kube::Error> {
+    let mut progress = Progress::default();
+    let (namespace, name) = (names::namespace(node), names::name(node));
+    if let Some(set) = context.caches.stateful_set(namespace, name) {
+        progress.pods = pods(node, &set);
+    }
+    let problem = carry_out(context, node, &mut progress).await.err();
+    if let Some(problem) = &problem {
+        tracing::warn!(namespace, name, reason = problem.reason.as_str(), "{}", problem.message);
+    }
+    let renewal = progress.renewal;
+    report(context, node, progress, problem.clone()).await?;
+    Ok(Outcome { problem, renewal })
+}
+
+async fn carry_out(context: &Context, node: &OverlayNode, progress: &mut Progress) -> Result<(), Problem> {
+    let standing = dereference_secrets(context, node).await?;
+    let valid = validate(context, node)?;
+    let now = SystemTime::now();
+    let (certificate, tokens) = credentials_for(context, &standing, &valid, now).await?;
+    let due = certificate.renew_at.min(tokens.renew_at);
+    progress.renewal = Some(due.duration_since(now).unwrap_or_default());
+    let credentials = credentials::credentials(&certificate, &tokens);
+    let inputs =
+        Inputs { node, config: &valid.config, peers: &valid.peers, image: &valid.image, credentials: &credentials };
+    progress.built = Some(built(node, &valid, &certificate)?);
+    let objects = build::objects(&inputs).map_err(|error| unbuildable(&error))?;
+    let wanted = wanted(&objects)?;
+    apply_all(context, node, &standing, &wanted, progress).await
+}
+
+async fn dereference_secrets(context: &Context, node: &OverlayNode) -> Result<Standing, Problem> {
+    let namespace = names::namespace(node);
+    let get = |name: String| async move {
+        dereference::get(&context.client, namespace, &name).await.map_err(|error| refused(Kind::Secret, &name, &error))
+    };
+    let (tls, token) = futures::try_join!(get(names::tls_secret(node)), get(names::token_secret(node)))?;
+    Ok(Standing { tls, token })
+}
+
+/// The schema and its rules were checked when the spec was stored, perhaps under an older
+/// schema: what pods would fail on is caught here, before they are rolled.
+fn validate(context: &Context, node: &OverlayNode) -> Result<Valid, Problem> {
+    let (namespace, name) = (names::namespace(node), names::name(node));
+    let identity = SpiffeId::overlay_node(&context.trust_domain, namespace, name).map_err(|e| invalid(&e))?;
+    let config = build::daemon_config(node, &Placement::pod(node));
+    let text = config.to_toml().map_err(|e| invalid(&e))?;
+    if let Err(errors) = config::daemon(&text) {
+        let all: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        return Err(invalid(&all.join("; ")));
+    }
+    let replicas = u32::try_from(node.spec.replicas).unwrap_or(0);
+    let address = |ordinal| names::pod_address(node, ordinal);
+    let peers = (0..replicas).map(|ordinal| build::peers_config(node, &identity, ordinal, address)).collect();
+    Ok(Valid { identity, config, peers, image: build::image(node, &context.daemon_image) })
+}
+
+/// What stands, as far as it is good; for the rest, issued with keys just read.
+async fn credentials_for(
+    context: &Context,
+    standing: &Standing,
+    valid: &Valid,
+    now: SystemTime,
+) -> Result<(Certificate, Tokens), Problem> {
+    let subject = Subject { id: &valid.identity, tenants: &valid.config.overlay.tenants };
+    let keys = context.installation.load(&context.caches, TO_COMPARE).await?;
+    if let Current { certificate: Some(certificate), tokens: Some(tokens) } = credentials::current(standing, &keys, subject, now) {
+        return Ok((certificate, tokens));
+    }
+    let keys = context.installation.load(&context.caches, TO_ISSUE).await?;
+    let current = credentials::current(standing, &keys, subject, now);
+    let broken = |error: crate::trust::TrustError| Problem { reason: Reason::CaInvalid, message: error.to_string() };
+    let certificate = match current.certificate {
+        Some(certificate) => certificate,
+        None => {
+            context.metrics.certificates.inc();
+            credentials::issue_certificate(&keys.ca, subject.id, now).map_err(broken)?
+        }
+    };
+    let tokens = match current.tokens {
+        Some(tokens) => tokens,
+        None => {
+            context.metrics.tokens.inc();
+            credentials::issue_tokens(&keys.tokens, subject, now).map_err(broken)?
+        }
+    };
+    Ok((certificate, tokens))
+}
+
+fn built(node: &OverlayNode, valid: &Valid, certificate: &Certificate) -> Result<Built, Problem> {
+    Ok(Built {
+        selector: labels::selector_text(names::name(node)),
+        config_hash: valid.config.hash().map_err(|e| invalid(&e))?,
+        effective: build::effective(node, Some(valid.image.clone())),
+        tls: TlsStatus {
+            source: TlsSource::SelfManaged,
+            not_after: Timestamp::try_from(certificate.not_after).ok().map(Time),
+            secret_name: Some(names::tls_secret(node)),
+        },
+    })
+}
+
+/// The objects in the order of their application.
+fn wanted(objects: &Objects) -> Result<Vec<Wanted>, Problem> {
+    fn one<K: Serialize + ResourceExt>(kind: Kind, object: &K) -> Result<Wanted, Problem> {
+        let value = serde_json::to_value(object).map_err(|e| invalid(&e))?;
+        Ok(Wanted::new(kind, object.name_any(), value))
+    }
+    Ok(vec![
+        one(Kind::ServiceAccount, &objects.service_account)?,
+        one(Kind::Secret, &objects.tls)?,
+        one(Kind::Secret, &objects.token)?,
+        one(Kind::ConfigMap, &objects.config)?,
+        one(Kind::Service, &objects.peers)?,
+        one(Kind::Service, &objects.client)?,
+        one(Kind::StatefulSet, &objects.stateful_set)?,
+    ])
+}
+
+/// Sends what differs. The caches only say whether there may be something to do.
+async fn apply_all(
+    context: &Context,
+    node: &OverlayNode,
+    standing: &Standing,
+    wanted: &[Wanted],
+    progress: &mut Progress,
+) -> Result<(), Problem> {
+    let namespace = names::namespace(node);
+    let uid = node.uid().unwrap_or_default();
+    let owner = Owner { name: names::name(node), uid: &uid };
+    let mut cached = context.caches.owned(namespace, wanted);
+    fill_secrets(&mut cached, wanted, standing);
+    if plan::plan(wanted, &cached, owner).is_ok_and(|send| send.is_empty()) {
+        return Ok(());
+    }
+    let live = futures::future::try_join_all(wanted.iter().map(|w| async move {
+        dereference::live(&context.client, namespace, w).await.map_err(|error| refused(w.kind, &w.name, &error))
+    }))
+    .await?;
+    for (wanted, live) in wanted.iter().zip(&live) {
+        note_pods(node, wanted, live.as_ref(), progress);
+    }
+    for send in plan::plan(wanted, &live, owner).map_err(blocked)? {
+        let object = apply::object(&context.client, &context.metrics, namespace, send)
+            .await
+            .map_err(|error| refused(send.kind, &send.name, &error))?;
+        tracing::info!(namespace, kind = send.kind.as_str(), name = send.name, "applied");
+        note_pods(node, send, Some(&object), progress);
+    }
+    Ok(())
+}
+
+fn fill_secrets(cached: &mut [Option<Value>], wanted: &[Wanted], standing: &Standing) {
+    for (slot, wanted) in cached.iter_mut().zip(wanted).filter(|(_, w)| w.kind == Kind::Secret) {
+        let secrets = [&standing.tls, &standing.token];
+        let secret = secrets.into_iter().flatten().find(|s| s.metadata.name.as_deref() == Some(&wanted.name));
+        *slot = secret.and_then(|s| serde_json::to_value(s).ok());
+    }
+}
+
+fn note_pods(node: &OverlayNode, wanted: &Wanted, live: Option<&Value>, progress: &mut Progress) {
+    if wanted.kind == Kind::StatefulSet
+        && let Some(set) = live.and_then(|live| serde_json::from_value::<StatefulSet>(live.clone()).ok())
+    {
+        progress.pods = pods(node, &set);
+    }
+}
+
+/// Somebody else's StatefulSet of our name says nothing about our pods.
+fn pods(node: &OverlayNode, set: &StatefulSet) -> Pods {
+    let ours = set.owner_references().iter().any(|r| r.controller == Some(true) && Some(&r.uid) == node.metadata.uid.as_ref());
+    if ours { Pods::of(set) } else { Pods::default() }
+}
+
+/// Writes the status if it differs from what the API server has.
+async fn report(context: &Context, node: &OverlayNode, progress: Progress, problem: Option<Problem>) -> Result<(), kube::Error> {
+    let mut facts = Facts {
+        previous: node.status.as_ref(),
+        generation: node.metadata.generation,
+        wanted: node.spec.replicas,
+        pods: progress.pods,
+        built: progress.built,
+        problem,
+        now: Timestamp::now(),
+    };
+    if node.status.as_ref() == Some(&status::status(&facts)) {
+        return Ok(());
+    }
+    let Some(live) = dereference::get::<OverlayNode>(&context.client, names::namespace(node), names::name(node)).await? else {
+        return Ok(());
+    };
+    // Another generation, or another object of that name, has a reconciliation of its own coming.
+    if live.metadata.uid != node.metadata.uid || live.metadata.generation != node.metadata.generation {
+        return Ok(());
+    }
+    facts.previous = live.status.as_ref();
+    let status: OverlayNodeStatus = status::status(&facts);
+    if live.status.as_ref() == Some(&status) {
+        return Ok(());
+    }
+    apply::status(&context.client, &context.metrics, node, &status).await
+}
+
+fn invalid(error: &dyn std::fmt::Display) -> Problem {
+    Problem { reason: Reason::InvalidSpec, message: error.to_string() }
+}
+
+fn unbuildable(error: &BuildError) -> Problem {
+    let reason = match error {
+        BuildError::ConfigTooLarge { .. } => Reason::ConfigTooLarge,
+        BuildError::Toml(_) => Reason::InvalidSpec,
+    };
+    Problem { reason, message: error.to_string() }
+}
+
+fn blocked(obstacle: Obstacle) -> Problem {
+    match obstacle {
+        Obstacle::Taken { kind, name, by } => {
+            let by = by.map_or_else(|| "is not labelled as this OverlayNode's".to_owned(), |by| format!("is controlled by {by}"));
+            let message = format!("{kind} {name} exists and {by}: delete it, or give the OverlayNode another name");
+            Problem { reason: Reason::NameConflict, message }
+        }
+        Obstacle::Leftover { kind, name } => {
+            let message = format!("{kind} {name} of the deleted OverlayNode of this name is yet to be collected");
+            Problem { reason: Reason::AwaitingCollection, message }
+        }
+    }
+}
+
+fn refused(kind: Kind, name: &str, error: &kube::Error) -> Problem {
+    let for_good = matches!(error, kube::Error::Api(status) if status.is_invalid());
+    let reason = if for_good { Reason::Rejected } else { Reason::ApplyFailed };
+    Problem { reason, message: format!("{kind} {name}: {}", explain(error)) }
+}
+
+/// What the API server said, or why it did not.
+#[must_use]
+pub(super) fn explain(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) if !status.message.is_empty() => status.message.clone(),
+        other => other.to_string(),
+    }
+}

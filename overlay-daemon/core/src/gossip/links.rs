@@ -1,0 +1,112 @@
+//! The links of one daemon: which are eager, and how far each has been told what is held.
+
+use std::collections::BTreeMap;
+
+/// Links that one daemon may have: one for each configured peer.
+pub const MAX_LINKS: usize = crate::config::MAX_PEERS;
+
+/// A link, by its place among at most [`MAX_LINKS`]; free places are used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LinkId(u8);
+
+/// A set of links.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkSet(u64);
+
+impl LinkSet {
+    /// Adds a link.
+    pub fn insert(&mut self, link: LinkId) {
+        self.0 |= 1 << link.0;
+    }
+
+    /// Takes a link out.
+    pub fn remove(&mut self, link: LinkId) {
+        self.0 &= !(1 << link.0);
+    }
+
+    /// Whether a link is in it.
+    #[must_use]
+    pub fn contains(self, link: LinkId) -> bool {
+        self.0 & (1 << link.0) != 0
+    }
+
+    /// The links of both.
+    #[must_use]
+    pub fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// The links, lowest first.
+    pub fn iter(self) -> impl Iterator<Item = LinkId> {
+        (0..64).map(LinkId).filter(move |link| self.contains(*link))
+    }
+}
+
+#[derive(Debug)]
+struct Link {
+    eager: bool,
+    /// Held messages before this position were pushed or announced to it, or came by it.
+    cursor: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Links {
+    fanout: usize,
+    links: BTreeMap<LinkId, Link>,
+}
+
+impl Links {
+    pub(super) fn new(fanout: usize) -> Self {
+        Self { fanout, links: BTreeMap::new() }
+    }
+
+    pub(super) fn add(&mut self, cursor: u64) -> Option<LinkId> {
+        let free = (0..MAX_LINKS).filter_map(|n| u8::try_from(n).ok().map(LinkId)).find(|id| !self.links.contains_key(id))?;
+        let eager = self.eager().len() < self.fanout;
+        self.links.insert(free, Link { eager, cursor });
+        Some(free)
+    }
+
+    pub(super) fn remove(&mut self, link: LinkId) {
+        let was_eager = self.links.remove(&link).is_some_and(|link| link.eager);
+        // A branch fell off: another takes its place at once, rather than by the next graft.
+        if was_eager && let Some(spare) = self.links.values_mut().find(|link| !link.eager) {
+            spare.eager = true;
+        }
+    }
+
+    pub(super) fn rewind(&mut self, link: LinkId, cursor: u64) {
+        if let Some(link) = self.links.get_mut(&link) {
+            link.cursor = cursor;
+        }
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = LinkId> {
+        self.links.keys().copied()
+    }
+
+    pub(super) fn eager(&self) -> Vec<LinkId> {
+        self.links.iter().filter(|(_, link)| link.eager).map(|(id, _)| *id).collect()
+    }
+
+    /// Makes a link eager, another one lazy where `fanout` asks for it.
+    pub(super) fn make_eager(&mut self, link: LinkId) {
+        let full = self.eager().len() >= self.fanout;
+        match self.links.get_mut(&link) {
+            Some(entry) if !entry.eager => entry.eager = true,
+            Some(_) | None => return,
+        }
+        if full && let Some((_, other)) = self.links.iter_mut().find(|(id, other)| **id != link && other.eager) {
+            other.eager = false;
+        }
+    }
+
+    /// Makes a link lazy. Whether it was not before.
+    pub(super) fn make_lazy(&mut self, link: LinkId) -> bool {
+        self.links.get_mut(&link).is_some_and(|link| std::mem::replace(&mut link.eager, false))
+    }
+
+    pub(super) fn cursor(&self, link: LinkId) -> u64 {
+        self.links.get(&link).map_or(u64::MAX, |link| link.cursor)
+    }
+}

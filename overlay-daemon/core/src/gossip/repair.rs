@@ -1,0 +1,204 @@
+//! The lazy half: announcements, what is asked for after them, and what times out.
+
+use std::collections::BTreeMap;
+
+use super::{ANNOUNCE_MS, Engine, GRAFT_MS, LinkId, LinkSet, Outlet, PURGE_MS, WHOLE};
+use crate::Millis;
+use crate::identity::TenantId;
+use crate::lanes::Class;
+use crate::record::{MAX_ANNOUNCED, MessageId, Record};
+
+/// Announced messages that may be awaited from one link.
+const MAX_WANTED_A_LINK: usize = 8_192;
+/// Times that a message is asked for before it is given up.
+const MAX_ASKED: u8 = 10;
+
+#[derive(Debug)]
+struct Want {
+    tenant: TenantId,
+    holders: LinkSet,
+    /// Who is asked next: each holder in turn.
+    turn: usize,
+    asked: u8,
+    at: Millis,
+    /// Whose quota it counts against.
+    first: LinkId,
+}
+
+/// Messages that were announced and have not come.
+#[derive(Debug, Default)]
+pub(super) struct Wanted {
+    wants: BTreeMap<MessageId, Want>,
+    quota: BTreeMap<LinkId, usize>,
+}
+
+impl Wanted {
+    pub(super) fn add(&mut self, id: MessageId, link: LinkId, tenant: TenantId, now: Millis) {
+        if let Some(want) = self.wants.get_mut(&id) {
+            want.holders.insert(link);
+            return;
+        }
+        let own = self.quota.entry(link).or_default();
+        if *own >= MAX_WANTED_A_LINK {
+            return;
+        }
+        *own += 1;
+        let mut holders = LinkSet::default();
+        holders.insert(link);
+        self.wants.insert(id, Want { tenant, holders, turn: 0, asked: 0, at: now.after(GRAFT_MS), first: link });
+    }
+
+    /// Forgets a message. Gives who else has it.
+    pub(super) fn remove(&mut self, id: MessageId) -> LinkSet {
+        let Some(want) = self.wants.remove(&id) else { return LinkSet::default() };
+        if let Some(own) = self.quota.get_mut(&want.first) {
+            *own = own.saturating_sub(1);
+        }
+        want.holders
+    }
+
+    pub(super) fn remove_announcer(&mut self, id: MessageId, link: LinkId) {
+        if let Some(want) = self.wants.get_mut(&id) {
+            want.holders.remove(link);
+        }
+    }
+
+    pub(super) fn forget_link(&mut self, link: LinkId) {
+        self.wants.values_mut().for_each(|want| want.holders.remove(link));
+    }
+
+    fn next(&self) -> Option<Millis> {
+        self.wants.values().map(|want| want.at).min()
+    }
+}
+
+impl Engine {
+    /// A deadline passed: announces, asks, lets go.
+    pub fn handle_timeout(&mut self, now: Millis, out: &mut impl Outlet) {
+        if self.announce_at.is_some_and(|at| now >= at) {
+            self.announce_at = None;
+            self.announce(now, out);
+        }
+        self.ask(now, out);
+        self.ask_for_chunks(now, out);
+        if now >= self.purge_at {
+            self.store.purge(now);
+            self.purge_at = now.after(PURGE_MS);
+        }
+    }
+
+    /// When [`Self::handle_timeout`] has something to do next.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Millis> {
+        let stall = self.assemblies.next_stall(GRAFT_MS);
+        [self.announce_at, self.wanted.next(), stall, Some(self.purge_at)].into_iter().flatten().min()
+    }
+
+    fn announce(&mut self, now: Millis, out: &mut impl Outlet) {
+        let links: Vec<LinkId> = self.links.iter().collect();
+        for link in links {
+            let reached = self.announce_to(link, out);
+            self.links.rewind(link, reached);
+            if reached < self.store.end() {
+                self.announce_at.get_or_insert(now.after(ANNOUNCE_MS));
+            }
+        }
+    }
+
+    /// Tells one link of every held message that it may lack. Gives how far its lane took it.
+    fn announce_to(&mut self, link: LinkId, out: &mut impl Outlet) -> u64 {
+        let start = self.links.cursor(link).max(self.store.start());
+        let mut batches: BTreeMap<TenantId, Vec<MessageId>> = BTreeMap::new();
+        let mut position = start;
+        while let Some(held) = self.store.at(position) {
+            if !held.known.contains(link) && held.hops < self.config.max_hops {
+                let batch = batches.entry(held.tenant).or_default();
+                if batch.len() == MAX_ANNOUNCED {
+                    break;
+                }
+                batch.push(held.id);
+            }
+            position += 1;
+        }
+        let mut all = true;
+        for (tenant, ids) in batches {
+            // A tenant without a stream on this link is announced when it gets one.
+            if out.has_stream(link, tenant) {
+                all &= self.send(link, tenant, Class::Control, Record::Announce(ids).encode(), out);
+            }
+        }
+        if all { position } else { start }
+    }
+
+    pub(super) fn announced(&mut self, id: MessageId, link: LinkId, tenant: TenantId, now: Millis) {
+        if let Some(held) = self.store.get_mut(id) {
+            held.known.insert(link);
+        } else if let Some(assembly) = self.assemblies.get_mut(id) {
+            assembly.holders.insert(link);
+        } else if !self.store.has_seen(id) {
+            self.wanted.add(id, link, tenant, now);
+        }
+    }
+
+    fn ask(&mut self, now: Millis, out: &mut impl Outlet) {
+        let due: Vec<MessageId> = self.wanted.wants.iter().filter(|(_, want)| now >= want.at).map(|(id, _)| *id).collect();
+        for id in due {
+            let Some(want) = self.wanted.wants.get_mut(&id) else { continue };
+            want.at = now.after(GRAFT_MS);
+            want.asked += 1;
+            let holders: Vec<LinkId> = want.holders.iter().collect();
+            if holders.is_empty() || want.asked > MAX_ASKED {
+                self.wanted.remove(id);
+                self.counts.lost += 1;
+                continue;
+            }
+            let link = holders[want.turn % holders.len()];
+            want.turn += 1;
+            let tenant = want.tenant;
+            self.counts.grafts += 1;
+            self.send(link, tenant, Class::Control, Record::Graft { id, chunks: 0 }.encode(), out);
+        }
+    }
+
+    fn ask_for_chunks(&mut self, now: Millis, out: &mut impl Outlet) {
+        let before = Millis(now.0.saturating_sub(GRAFT_MS));
+        if now.0 < GRAFT_MS {
+            return;
+        }
+        let mut asks = Vec::new();
+        let mut given_up = Vec::new();
+        for (id, assembly) in self.assemblies.stalled(before) {
+            assembly.progress = now;
+            assembly.asked += 1;
+            let holders: Vec<LinkId> = assembly.holders.iter().collect();
+            if holders.is_empty() || assembly.asked > MAX_ASKED {
+                given_up.push(id);
+                continue;
+            }
+            let link = holders[usize::from(assembly.asked) % holders.len()];
+            asks.push((link, assembly.tenant, Record::Graft { id, chunks: assembly.missing() }));
+        }
+        for id in given_up {
+            self.assemblies.remove(id);
+            self.counts.lost += 1;
+        }
+        for (link, tenant, graft) in asks {
+            self.counts.grafts += 1;
+            self.send(link, tenant, Class::Control, graft.encode(), out);
+        }
+    }
+
+    /// A link asks for a message. Where its lane has no room, it asks again.
+    pub(super) fn graft(&mut self, id: MessageId, chunks: u32, link: LinkId, tenant: TenantId, out: &mut impl Outlet) {
+        if chunks == 0 {
+            self.links.make_eager(link);
+        }
+        let Some(held) = self.store.get(id).filter(|held| held.tenant == tenant).cloned() else { return };
+        let wanted = if chunks == 0 { WHOLE } else { chunks };
+        if self.push(link, &held, wanted, out)
+            && let Some(held) = self.store.get_mut(id)
+        {
+            held.known.insert(link);
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! The messages held for repair, and the ids of all that were seen. Bounded in age, count
+//! and bytes; decides what is new, what is a duplicate and what is too old to believe.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::LinkSet;
+use crate::Millis;
+use crate::config::Gossip;
+use crate::control::Incarnation;
+use crate::identity::{SpiffeId, TenantId};
+use crate::record::{Envelope, MessageId};
+
+/// A message is held for at least this long, so that announcements can be answered; a
+/// publisher that would push it out sooner is told to wait.
+const MIN_HELD_MS: u64 = 2_000;
+/// Origins (identity and incarnation) whose watermark is remembered.
+const MAX_ORIGINS: usize = 65_536;
+/// What a held message costs besides its frames: its entry, its envelope, its place in maps.
+const OVERHEAD_BYTES: u64 = 512;
+
+/// A message as it goes to others, encoded once.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// Its name.
+    pub id: MessageId,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// What it is.
+    pub envelope: Arc<Envelope>,
+    /// Times it was passed on to get here.
+    pub hops: u8,
+    /// The payloads of its frames: a Message, or a Begin and every Piece.
+    pub frames: Arc<[Bytes]>,
+    /// Links whose other end has it.
+    pub known: LinkSet,
+    at: Millis,
+}
+
+/// What is known of an id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Novelty {
+    /// Never seen.
+    New,
+    /// Seen before.
+    Duplicate,
+    /// Older than the window, or under its origin's watermark.
+    Stale,
+}
+
+#[derive(Debug, Default)]
+struct Origin {
+    /// Messages up to this number were forgotten early and cannot be told from new ones.
+    watermark: u64,
+    seen: Millis,
+}
+
+#[derive(Debug)]
+struct Seen {
+    id: MessageId,
+    at: Millis,
+    envelope: Arc<Envelope>,
+}
+
+/// The store.
+#[derive(Debug)]
+pub(super) struct Store {
+    window_ms: u64,
+    entries: usize,
+    capacity: u64,
+    bytes: u64,
+    /// Held messages in order of arrival; the front one's position is `first`.
+    log: VecDeque<Held>,
+    first: u64,
+    /// Every id of the window, with its position in the log at the time.
+    index: HashMap<MessageId, u64>,
+    order: VecDeque<Seen>,
+    origins: BTreeMap<(SpiffeId, Incarnation), Origin>,
+}
+
+impl Store {
+    pub(super) fn new(config: &Gossip) -> Self {
+        Self {
+            window_ms: config.dedupe_window_ms,
+            entries: config.dedupe_entries as usize,
+            capacity: config.store_bytes,
+            bytes: 0,
+            log: VecDeque::new(),
+            first: 0,
+            index: HashMap::new(),
+            order: VecDeque::new(),
+            origins: BTreeMap::new(),
+        }
+    }
+
+    /// What is known of a message, at `unix_ms` by the wall clock.
+    pub(super) fn novelty(&self, id: MessageId, envelope: &Envelope, unix_ms: u64) -> Novelty {
+        if self.index.contains_key(&id) {
+            return Novelty::Duplicate;
+        }
+        let watermark = self.origins.get(&(envelope.origin.clone(), envelope.incarnation)).map_or(0, |o| o.watermark);
+        let off = unix_ms.abs_diff(envelope.time_ms);
+        if off > self.window_ms || envelope.sequence <= watermark { Novelty::Stale } else { Novelty::New }
+    }
+
+    /// Whether the id was seen within the window.
+    pub(super) fn has_seen(&self, id: MessageId) -> bool {
+        self.index.contains_key(&id)
+    }
+
+    /// Whether `bytes` more would push out a message that others may not have had time for.
+    pub(super) fn is_pressed(&self, bytes: u64, now: Millis) -> bool {
+        let over = self.bytes + bytes + OVERHEAD_BYTES > self.capacity;
+        over && self.log.front().is_some_and(|held| now.since(held.at) < MIN_HELD_MS)
+    }
+
+    /// Keeps a new message, pushing out the oldest where a bound asks for it.
+    pub(super) fn insert(&mut self, id: MessageId, tenant: TenantId, envelope: Envelope, hops: u8, frames: Vec<Bytes>, now: Millis) -> Held {
+        let envelope = Arc::new(envelope);
+        self.index.insert(id, self.end());
+        self.order.push_back(Seen { id, at: now, envelope: Arc::clone(&envelope) });
+        let held = Held { id, tenant, envelope, hops, frames: frames.into(), known: LinkSet::default(), at: now };
+        self.bytes += cost(&held);
+        self.log.push_back(held.clone());
+        while self.log.len() > 1 && self.bytes > self.capacity {
+            self.forget_payload();
+        }
+        while self.order.len() > self.entries {
+            self.forget_id(true, now);
+        }
+        held
+    }
+
+    /// Lets go of what is older than the window.
+    pub(super) fn purge(&mut self, now: Millis) {
+        while self.log.front().is_some_and(|held| now.since(held.at) >= self.window_ms) {
+            self.forget_payload();
+        }
+        // An id outlives its payload by as much again: its message may carry a time from the
+        // window's far side, and must not pass for new while its age would let it.
+        while self.order.front().is_some_and(|seen| now.since(seen.at) >= 2 * self.window_ms) {
+            self.forget_id(false, now);
+        }
+        let window = self.window_ms;
+        self.origins.retain(|_, origin| now.since(origin.seen) < 2 * window);
+    }
+
+    fn forget_payload(&mut self) {
+        if let Some(held) = self.log.pop_front() {
+            self.bytes -= cost(&held);
+            self.first += 1;
+        }
+    }
+
+    fn forget_id(&mut self, early: bool, now: Millis) {
+        let Some(seen) = self.order.pop_front() else { return };
+        if self.index.remove(&seen.id).is_some_and(|position| position >= self.first) {
+            // Held payloads are a suffix of the ids seen, so the front of the log is this one.
+            self.forget_payload();
+        }
+        if !early {
+            return;
+        }
+        if self.origins.len() >= MAX_ORIGINS {
+            self.origins.pop_first();
+        }
+        let origin = self.origins.entry((seen.envelope.origin.clone(), seen.envelope.incarnation)).or_default();
+        origin.watermark = origin.watermark.max(seen.envelope.sequence);
+        origin.seen = now;
+    }
+
+    pub(super) fn get(&self, id: MessageId) -> Option<&Held> {
+        self.at(*self.index.get(&id)?)
+    }
+
+    pub(super) fn get_mut(&mut self, id: MessageId) -> Option<&mut Held> {
+        let position = *self.index.get(&id)?;
+        self.log.get_mut(usize::try_from(position.checked_sub(self.first)?).ok()?)
+    }
+
+    /// The message at `position`, if it is still held.
+    pub(super) fn at(&self, position: u64) -> Option<&Held> {
+        self.log.get(usize::try_from(position.checked_sub(self.first)?).ok()?)
+    }
+
+    /// Forgets what a link's other end has: the link is gone, its number will name another.
+    pub(super) fn forget_link(&mut self, link: super::LinkId) {
+        self.log.iter_mut().for_each(|held| held.known.remove(link));
+    }
+
+    /// The position of the oldest held message.
+    pub(super) fn start(&self) -> u64 {
+        self.first
+    }
+
+    /// The position that the next message will have.
+    pub(super) fn end(&self) -> u64 {
+        self.first + self.log.len() as u64
+    }
+
+    /// Messages held and what they cost in bytes.
+    pub(super) fn size(&self) -> (usize, u64) {
+        (self.log.len(), self.bytes)
+    }
+}
+
+fn cost(held: &Held) -> u64 {
+    held.frames.iter().map(|frame| frame.len() as u64).sum::<u64>() + OVERHEAD_BYTES
+}

@@ -1,0 +1,164 @@
+//! One session's place in the node: its machine, its lanes, its quota, what it turned out
+//! to be. And the lanes of all links as the gossip engine sees them.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+
+use super::{Opening, SessionId};
+use crate::Millis;
+use crate::admission::Quota;
+use crate::config::DaemonConfig;
+use crate::control::Incarnation;
+use crate::frame::{AppProto, Flags, Frame};
+use crate::gossip::{LinkId, Outlet};
+use crate::grant::{Grant, Holder};
+use crate::identity::{SpiffeId, TenantId, Topic};
+use crate::lanes::{Class, Lanes};
+use crate::record::Digest;
+use crate::session::Session;
+
+/// What a session turned out to be, by HELLO.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Party {
+    /// Not known yet, or not a daemon.
+    Client,
+    /// A daemon that is configured as a peer.
+    Peer(Remote),
+}
+
+/// A daemon at the other end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Remote {
+    pub(super) identity: SpiffeId,
+    pub(super) incarnation: Incarnation,
+    pub(super) name: String,
+    /// Its place in the peers file; none where it only shares a peer's identity.
+    pub(super) configured: Option<usize>,
+    pub(super) link: LinkId,
+    /// Our gossip streams to it that were accepted.
+    pub(super) streams: BTreeMap<TenantId, u64>,
+}
+
+/// What a stream is for.
+#[derive(Debug)]
+pub(super) enum Kind {
+    Publish { topic: Topic, grant: Grant, upload: Upload },
+    Subscribe { topics: Vec<Topic>, missed: u32 },
+    GossipIn,
+    GossipOut,
+}
+
+/// A publisher's chunked message.
+#[derive(Debug)]
+pub(super) enum Upload {
+    /// None is under way.
+    None,
+    /// Chunks are coming, in order.
+    Open { hash: Digest, size: u32, attributes: u8, got: Vec<Bytes>, bytes: usize, hasher: Box<blake3::Hasher> },
+    /// It was refused; its chunks are dropped.
+    Refused { hash: Digest },
+}
+
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) session: Session<Kind>,
+    pub(super) holder: Holder,
+    pub(super) dialled: Option<usize>,
+    pub(super) group: &'static str,
+    pub(super) party: Party,
+    pub(super) lanes: Lanes,
+    pub(super) quota: Quota,
+    pub(super) writer_idle: bool,
+    pub(super) sendable: bool,
+    pub(super) closing: bool,
+    pub(super) deadline: Option<Millis>,
+}
+
+impl Entry {
+    pub(super) fn new(session: Session<Kind>, opening: Opening, config: &DaemonConfig, now: Millis) -> Self {
+        Self {
+            session,
+            holder: opening.holder,
+            dialled: opening.dialled,
+            group: opening.group,
+            party: Party::Client,
+            lanes: Lanes::new(config.gossip.lane_depth_frames),
+            quota: Quota::new(config.overlay.per_peer_rps, config.overlay.per_peer_inflight, now),
+            writer_idle: true,
+            sendable: false,
+            closing: false,
+            deadline: None,
+        }
+    }
+
+    pub(super) fn remote(&self) -> Option<&Remote> {
+        match &self.party {
+            Party::Peer(remote) => Some(remote),
+            Party::Client => None,
+        }
+    }
+
+    pub(super) fn remote_mut(&mut self) -> Option<&mut Remote> {
+        match &mut self.party {
+            Party::Peer(remote) => Some(remote),
+            Party::Client => None,
+        }
+    }
+}
+
+/// The sessions as the gossip engine reaches them.
+pub(super) struct Wire<'a> {
+    sessions: &'a mut BTreeMap<SessionId, Entry>,
+    links: &'a BTreeMap<LinkId, SessionId>,
+    sendable: &'a mut VecDeque<SessionId>,
+}
+
+impl<'a> Wire<'a> {
+    pub(super) fn new(
+        sessions: &'a mut BTreeMap<SessionId, Entry>,
+        links: &'a BTreeMap<LinkId, SessionId>,
+        sendable: &'a mut VecDeque<SessionId>,
+    ) -> Self {
+        Self { sessions, links, sendable }
+    }
+
+    /// Notes that a session has something to send, once.
+    pub(super) fn mark(&mut self, id: SessionId) {
+        let Some(entry) = self.sessions.get_mut(&id) else { return };
+        if entry.writer_idle && !entry.sendable && !entry.lanes.is_empty() {
+            entry.sendable = true;
+            self.sendable.push_back(id);
+        }
+    }
+
+    /// Queues one frame of an event or of gossip.
+    pub(super) fn push(&mut self, id: SessionId, class: Class, frame: Frame) -> bool {
+        let taken = self.sessions.get_mut(&id).is_some_and(|entry| !entry.closing && entry.lanes.push(class, frame).is_ok());
+        if taken {
+            self.mark(id);
+        }
+        taken
+    }
+
+    fn stream(&self, link: LinkId, tenant: TenantId) -> Option<(SessionId, &Entry, u64)> {
+        let id = *self.links.get(&link)?;
+        let entry = self.sessions.get(&id)?;
+        Some((id, entry, *entry.remote()?.streams.get(&tenant)?))
+    }
+}
+
+impl Outlet for Wire<'_> {
+    fn has_stream(&self, link: LinkId, tenant: TenantId) -> bool {
+        self.stream(link, tenant).is_some()
+    }
+
+    fn room(&self, link: LinkId, tenant: TenantId, class: Class) -> usize {
+        self.stream(link, tenant).map_or(0, |(_, entry, _)| entry.lanes.room(class))
+    }
+
+    fn send(&mut self, link: LinkId, tenant: TenantId, class: Class, payload: Bytes) -> bool {
+        let Some((id, _, corr_id)) = self.stream(link, tenant) else { return false };
+        self.push(id, class, Frame::new(Flags::REQ, AppProto::GOSSIP, tenant, corr_id, payload))
+    }
+}

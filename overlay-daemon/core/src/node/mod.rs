@@ -1,0 +1,394 @@
+//! One daemon's decisions, all sessions together: what each frame does, what goes out next,
+//! and when to look again. The shell feeds it frames and the time, and moves what it gives.
+//!
+//! Reading order: `entry` (one session's place here), `peers` (who is a peer, links), `streams`
+//! (what a START opens), `pubsub` (publish, subscribe, delivery), `report` (its state).
+
+mod entry;
+mod peers;
+mod pubsub;
+mod report;
+mod streams;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use bytes::Bytes;
+
+use crate::Millis;
+use crate::admission::Quota;
+use crate::config::{DaemonConfig, PeersConfig};
+use crate::control::{DaemonHello, Hello, HelloReply, Incarnation};
+use crate::frame::{AppProto, Flags, Frame};
+use crate::gossip::{Counts, Engine, LinkId, Me};
+use crate::grant::{Grant, Holder};
+use crate::identity::SpiffeId;
+use crate::lanes::Class;
+use crate::readiness::Report;
+use crate::session::{Event, Role, Session, State, Tick, Timers};
+use crate::status::{Reason, Refusal, Status};
+
+use entry::{Entry, Kind, Party, Wire};
+use pubsub::Subscriptions;
+
+/// A session, for as long as the process lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionId(pub u64);
+
+/// The time, by both clocks that the shell has.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Clock {
+    /// Since the process began; deadlines and rates use it.
+    pub now: Millis,
+    /// Milliseconds since 1970; tokens and messages carry it.
+    pub unix_ms: u64,
+}
+
+/// How a session came to be, once its transport is up.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// Who is at the other end.
+    pub holder: Holder,
+    /// The configured peer that was dialled, by its place in the peers file.
+    pub dialled: Option<usize>,
+    /// The key exchange, as `/sessions` names it: `hybrid`, `classical`, or `none`.
+    pub group: &'static str,
+}
+
+/// What the shell is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Close the connection: everything queued was handed to its writer.
+    Close(SessionId),
+    /// A configured peer has a session, or has none any more; by its place in the peers file.
+    Peer {
+        /// Its place.
+        peer: usize,
+        /// Whether it has one.
+        up: bool,
+    },
+    /// Count a refusal.
+    Rejected(Reason),
+    /// Count a session that HELLO made active, and later its end.
+    Opened,
+    /// As `Opened`.
+    Closed,
+}
+
+/// Bytes that one batch for a writer holds at the most.
+pub const BATCH_BYTES: usize = 256 * 1024;
+
+/// The daemon.
+#[derive(Debug)]
+pub struct Node {
+    config: DaemonConfig,
+    peers: PeersConfig,
+    identity: SpiffeId,
+    hello: DaemonHello,
+    /// What START frames to peers carry.
+    token: Bytes,
+    sessions: BTreeMap<SessionId, Entry>,
+    links: BTreeMap<LinkId, SessionId>,
+    engine: Engine,
+    subscriptions: Subscriptions,
+    quota: Quota,
+    shedding: bool,
+    draining: bool,
+    report: Report,
+    /// Sessions whose lanes have something and whose writer waits.
+    sendable: VecDeque<SessionId>,
+    /// When to look at a session again; never later than its machine asks.
+    deadlines: BTreeSet<(Millis, SessionId)>,
+    outputs: VecDeque<Output>,
+}
+
+impl Node {
+    /// A daemon of this identity, without sessions.
+    #[must_use]
+    pub fn new(config: DaemonConfig, peers: PeersConfig, identity: SpiffeId, incarnation: Incarnation, now: Millis) -> Self {
+        let me = Me { identity: identity.clone(), incarnation };
+        let tenants = config.overlay.tenants.clone();
+        Self {
+            engine: Engine::new(me, config.gossip.clone(), tenants, now),
+            quota: Quota::new(config.overlay.rps, config.overlay.inflight, now),
+            hello: DaemonHello { name: peers.name.clone(), incarnation },
+            config,
+            peers,
+            identity,
+            token: Bytes::new(),
+            sessions: BTreeMap::new(),
+            links: BTreeMap::new(),
+            subscriptions: Subscriptions::default(),
+            shedding: false,
+            draining: false,
+            report: Report::default(),
+            sendable: VecDeque::new(),
+            deadlines: BTreeSet::new(),
+            outputs: VecDeque::new(),
+        }
+    }
+
+    /// From now on, STARTs to peers carry this token.
+    pub fn handle_token(&mut self, token: Bytes) {
+        self.token = token;
+    }
+
+    /// What readiness was judged to be, and whether writes are shed.
+    pub fn handle_readiness(&mut self, report: Report, shedding: bool) {
+        self.report = report;
+        self.shedding = shedding;
+    }
+
+    /// A transport is up and its other end authenticated. False, and nothing done, where
+    /// there are `max_sessions` already.
+    pub fn handle_open(&mut self, id: SessionId, opening: Opening, now: Millis) -> bool {
+        if self.sessions.len() >= self.config.overlay.max_sessions as usize || self.draining {
+            self.outputs.push_back(Output::Rejected(if self.draining { Reason::Degraded } else { Reason::Quota }));
+            return false;
+        }
+        let role = if opening.dialled.is_some() { Role::Dialler } else { Role::Acceptor };
+        let limits = &self.config.overlay;
+        let timers = Timers { handshake_ms: limits.handshake_timeout_ms, idle_ms: limits.idle_timeout_ms };
+        let mut session = Session::new(role, timers, now);
+        let hello = Hello { ua: Some(concat!("overlay-daemon/", env!("CARGO_PKG_VERSION")).into()), daemon: Some(self.hello.clone()) };
+        let greeting = session.handle_connected(&hello, now);
+        let mut entry = Entry::new(session, opening, &self.config, now);
+        entry.deadline = entry.session.poll_timeout();
+        self.deadlines.extend(entry.deadline.map(|at| (at, id)));
+        self.sessions.insert(id, entry);
+        if let Some(frame) = greeting {
+            self.push(id, Class::Control, frame);
+        }
+        true
+    }
+
+    /// The connection of a session is gone.
+    pub fn handle_closed(&mut self, id: SessionId) {
+        let Some(mut entry) = self.sessions.remove(&id) else { return };
+        self.deadlines.retain(|(_, session)| *session != id);
+        if entry.session.state() != State::Handshake {
+            self.outputs.push_back(Output::Closed);
+        }
+        entry.session.close();
+        self.quota.leave(entry.quota.inflight());
+        self.subscriptions.remove_session(id);
+        self.unlink(id, &entry);
+    }
+
+    /// The bytes of a session cannot be a frame: it is told why, then closed.
+    pub fn handle_framing_error(&mut self, id: SessionId, status: Status) {
+        let refusal = Refusal::new(status, "the bytes are not an OAP/1 frame");
+        let frame = Frame {
+            code: status.code(),
+            ..Frame::new(Flags::RESP | Flags::END, AppProto::CONTROL, crate::identity::TenantId(0), 0, refusal.body(0))
+        };
+        self.outputs.push_back(Output::Rejected(status.reason()));
+        self.push(id, Class::Control, frame);
+        self.close_when_sent(id);
+    }
+
+    /// A frame arrived. `grant` is the verdict on its capability, where it is a START.
+    pub fn handle_frame(&mut self, id: SessionId, frame: Frame, grant: Option<Result<Grant, Refusal>>, clock: Clock) {
+        let Some(entry) = self.sessions.get_mut(&id).filter(|entry| !entry.closing) else { return };
+        let was = entry.session.state();
+        let about = Frame { payload: Bytes::new(), cap: Bytes::new(), ..frame.clone() };
+        let event = match entry.session.handle_frame(frame, clock.now) {
+            Ok(event) => event,
+            Err(refusal) => {
+                self.refuse(id, &about, &refusal, false);
+                if was == State::Handshake {
+                    self.close_when_sent(id);
+                }
+                return;
+            }
+        };
+        match event {
+            Event::Nothing => {}
+            Event::Ping(ping) => {
+                let pong = Frame::response(&ping, 200, true, ping.payload.clone());
+                self.push(id, Class::Control, pong);
+            }
+            Event::Hello(frame, hello) => self.welcome(id, &frame, hello, clock),
+            Event::Welcomed(reply) => self.welcomed(id, reply, clock),
+            Event::Start(start) => self.start(id, &start, grant, clock),
+            Event::Request(frame) => self.request(id, frame, clock),
+            Event::Ended(frame) => self.end(id, &frame),
+            Event::Answer(frame) => self.answered(id, &frame, clock),
+        }
+    }
+
+    fn welcome(&mut self, id: SessionId, frame: &Frame, hello: Hello, clock: Clock) {
+        let reply = HelloReply::of(self.hello.clone(), self.config.overlay.per_peer_inflight);
+        let Some(entry) = self.sessions.get_mut(&id) else { return };
+        let answer = entry.session.answer_hello(frame, &reply);
+        self.push(id, Class::Control, answer);
+        self.outputs.push_back(Output::Opened);
+        self.reschedule(id);
+        self.meet(id, hello.daemon, clock);
+    }
+
+    fn welcomed(&mut self, id: SessionId, reply: HelloReply, clock: Clock) {
+        self.outputs.push_back(Output::Opened);
+        self.reschedule(id);
+        self.meet(id, reply.daemon, clock);
+    }
+
+    /// The writer of a session sent all that it was given.
+    pub fn handle_sent(&mut self, id: SessionId, now: Millis) {
+        let Some(entry) = self.sessions.get_mut(&id) else { return };
+        entry.writer_idle = true;
+        entry.session.handle_sent(now);
+        self.tell_gaps(id);
+        self.mark_sendable(id);
+        self.close_if_sent(id);
+    }
+
+    /// The next batch for a writer that waits: frames in order, at most [`BATCH_BYTES`].
+    pub fn poll_transmit(&mut self, now: Millis) -> Option<(SessionId, Vec<Frame>)> {
+        while let Some(id) = self.sendable.pop_front() {
+            let Some(entry) = self.sessions.get_mut(&id) else { continue };
+            entry.sendable = false;
+            let batch = entry.lanes.take(BATCH_BYTES, now);
+            if batch.is_empty() {
+                if let Some(at) = entry.lanes.poll_timeout(now) {
+                    self.deadlines.insert((at, id));
+                }
+                continue;
+            }
+            entry.writer_idle = false;
+            let answers = batch.iter().filter(|frame| counts_as_answer(frame)).count();
+            let answers = u32::try_from(answers).unwrap_or(u32::MAX);
+            entry.quota.leave(answers);
+            self.quota.leave(answers);
+            return Some((id, batch));
+        }
+        None
+    }
+
+    /// Something for the shell to do.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// A deadline passed.
+    pub fn handle_timeout(&mut self, clock: Clock) {
+        let now = clock.now;
+        while let Some((at, id)) = self.deadlines.first().copied() {
+            if at > now {
+                break;
+            }
+            self.deadlines.pop_first();
+            self.session_timeout(id, clock);
+        }
+        let mut wire = Wire::new(&mut self.sessions, &self.links, &mut self.sendable);
+        self.engine.handle_timeout(now, &mut wire);
+    }
+
+    fn session_timeout(&mut self, id: SessionId, clock: Clock) {
+        let Some(entry) = self.sessions.get_mut(&id) else { return };
+        match entry.session.handle_timeout(clock.now) {
+            Err(reason) => {
+                self.outputs.push_back(Output::Rejected(reason));
+                self.outputs.push_back(Output::Close(id));
+                return;
+            }
+            Ok(Tick::Ping(frame)) => self.push(id, Class::Control, frame),
+            Ok(Tick::Resume) => self.open_gossip(id),
+            Ok(Tick::Nothing) => {}
+        }
+        self.mark_sendable(id);
+        self.reschedule(id);
+    }
+
+    /// When [`Self::handle_timeout`] has something to do next.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Millis> {
+        [self.deadlines.first().map(|(at, _)| *at), self.engine.poll_timeout()].into_iter().flatten().min()
+    }
+
+    /// SIGTERM, after the delay: no new sessions, no new writes, and subscribers are told.
+    pub fn handle_drain(&mut self) {
+        self.draining = true;
+        self.end_subscriptions();
+    }
+
+    /// Whether every queue is empty and every writer waits.
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        self.sessions.values().all(|entry| entry.lanes.is_empty() && entry.writer_idle)
+    }
+
+    /// What gossip did so far.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.engine.counts()
+    }
+
+    /// How full what writes wait for is, 0 to 100: requests in flight, or the lanes of every
+    /// link. One slow peer is its own matter, as long as another takes what is pushed.
+    #[must_use]
+    pub fn pressure(&self) -> u8 {
+        let lanes = self.links.values().filter_map(|id| self.sessions.get(id)).map(|entry| entry.lanes.percent()).min();
+        self.quota.percent().max(lanes.unwrap_or(0))
+    }
+
+    fn reschedule(&mut self, id: SessionId) {
+        let Some(entry) = self.sessions.get_mut(&id) else { return };
+        if let Some(old) = entry.deadline.take() {
+            self.deadlines.remove(&(old, id));
+        }
+        entry.deadline = entry.session.poll_timeout();
+        self.deadlines.extend(entry.deadline.map(|at| (at, id)));
+    }
+
+    /// Queues a frame; a session whose control lane is full does not read its answers, and
+    /// is closed.
+    fn push(&mut self, id: SessionId, class: Class, frame: Frame) {
+        let Some(entry) = self.sessions.get_mut(&id) else { return };
+        let counted = counts_as_answer(&frame);
+        if entry.lanes.push(class, frame).is_err() {
+            if !entry.closing {
+                entry.closing = true;
+                self.outputs.push_back(Output::Rejected(Reason::Overflow));
+                self.outputs.push_back(Output::Close(id));
+            }
+            return;
+        }
+        if counted {
+            entry.quota.enter();
+            self.quota.enter();
+        }
+        self.mark_sendable(id);
+    }
+
+    fn mark_sendable(&mut self, id: SessionId) {
+        Wire::new(&mut self.sessions, &self.links, &mut self.sendable).mark(id);
+    }
+
+    /// Answers with a refusal. `end` closes the stream.
+    fn refuse(&mut self, id: SessionId, to: &Frame, refusal: &Refusal, end: bool) {
+        self.outputs.push_back(Output::Rejected(refusal.status.reason()));
+        let frame = Frame::response(to, refusal.status.code(), end, refusal.body(to.corr_id));
+        self.push(id, Class::Control, frame);
+    }
+
+    fn close_when_sent(&mut self, id: SessionId) {
+        if let Some(entry) = self.sessions.get_mut(&id) {
+            entry.closing = true;
+        }
+        self.close_if_sent(id);
+    }
+
+    fn close_if_sent(&mut self, id: SessionId) {
+        if self.sessions.get(&id).is_some_and(|entry| entry.closing && entry.writer_idle && entry.lanes.is_empty()) {
+            self.outputs.push_back(Output::Close(id));
+        }
+    }
+}
+
+/// Whether a queued frame answers a request, which is in flight until the writer has it.
+fn counts_as_answer(frame: &Frame) -> bool {
+    frame.flags.has(Flags::RESP) && frame.app != AppProto::CONTROL
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,165 @@
+//! Who is a peer, which of two sessions between one pair stays, and the links that gossip
+//! runs over. Peers come from configuration alone (I-1).
+
+use super::{Clock, Entry, Kind, Node, Output, Party, SessionId, Wire};
+use crate::control::{DaemonHello, Open, json};
+use crate::frame::{AppProto, Frame};
+use crate::grant::Holder;
+use crate::identity::SpiffeId;
+use crate::lanes::Class;
+use crate::session::Role;
+use crate::status::{Reason, Status};
+
+impl Node {
+    /// HELLO was exchanged: a daemon that is configured becomes a link, anyone else a client.
+    pub(super) fn meet(&mut self, id: SessionId, daemon: Option<DaemonHello>, clock: Clock) {
+        let Some(entry) = self.sessions.get(&id) else { return };
+        let dialled = entry.dialled;
+        let Holder::Certificate(identity) = entry.holder.clone() else { return };
+        let Some(daemon) = daemon else {
+            if dialled.is_some() {
+                self.drop_session(id, Some(Reason::Protocol)); // a peer that is not a daemon
+            }
+            return;
+        };
+        if daemon.incarnation == self.hello.incarnation && identity == self.identity {
+            self.drop_session(id, None); // dialled ourselves
+            return;
+        }
+        let Some(configured) = self.recognise(&identity, &daemon.name, dialled) else {
+            if dialled.is_some() {
+                self.drop_session(id, Some(Reason::Auth)); // another identity answered there
+            }
+            return;
+        };
+        if !self.prefer(id, &identity, &daemon) {
+            return;
+        }
+        let Some(link) = self.engine.handle_link_up(clock.now) else {
+            self.drop_session(id, Some(Reason::Quota));
+            return;
+        };
+        self.links.insert(link, id);
+        let burst = self.config.gossip.burst_frames;
+        if let Some(entry) = self.sessions.get_mut(&id) {
+            entry.lanes.limit(burst, clock.now);
+            entry.party = Party::Peer(super::entry::Remote {
+                identity,
+                incarnation: daemon.incarnation,
+                name: daemon.name,
+                configured,
+                link,
+                streams: std::collections::BTreeMap::new(),
+            });
+        }
+        self.outputs.extend(configured.map(|peer| Output::Peer { peer, up: true }));
+        self.open_gossip(id);
+    }
+
+    /// Whether this identity is a configured peer's, and which. The name in HELLO only tells
+    /// apart those who share an identity.
+    fn recognise(&self, identity: &SpiffeId, name: &str, dialled: Option<usize>) -> Option<Option<usize>> {
+        let covers = |peer: usize| self.peers.peers.get(peer).is_some_and(|p| p.identity.covers(identity));
+        if let Some(peer) = dialled {
+            return covers(peer).then_some(Some(peer));
+        }
+        let candidates: Vec<usize> = (0..self.peers.peers.len()).filter(|peer| covers(*peer)).collect();
+        let named = candidates.iter().copied().find(|peer| self.peers.peers[*peer].name == name);
+        match candidates[..] {
+            [] => None,
+            [only] => Some(Some(only)),
+            [_, _, ..] => Some(named),
+        }
+    }
+
+    /// Of two sessions between one pair, the one dialled by the lower (identity, incarnation)
+    /// stays; of two dialled by the same side, the newer. Whether that is `id`.
+    fn prefer(&mut self, id: SessionId, identity: &SpiffeId, daemon: &DaemonHello) -> bool {
+        let same = |entry: &Entry| {
+            entry.remote().is_some_and(|remote| remote.identity == *identity && remote.incarnation == daemon.incarnation)
+        };
+        let Some(other) = self.sessions.iter().find(|(other, entry)| **other != id && !entry.closing && same(entry)).map(|(other, _)| *other)
+        else {
+            return true;
+        };
+        let role = |id| self.sessions.get(&id).map(|entry| entry.session.role());
+        let we_are_lower = (&self.identity, self.hello.incarnation) < (identity, daemon.incarnation);
+        let keeps = if we_are_lower { Role::Dialler } else { Role::Acceptor };
+        let stays = role(id) == role(other) || role(id) == Some(keeps);
+        self.drop_session(if stays { other } else { id }, None);
+        stays
+    }
+
+    /// Asks for every gossip stream that the link does not have yet, one a tenant.
+    pub(super) fn open_gossip(&mut self, id: SessionId) {
+        let token = self.token.clone();
+        for tenant in self.config.overlay.tenants.clone() {
+            let Some(entry) = self.sessions.get_mut(&id) else { return };
+            let Some(remote) = entry.remote() else { return };
+            let asked = entry.session.streams().any(|(_, s)| s.tenant == tenant && matches!(s.kind, Kind::GossipOut));
+            if asked || remote.streams.contains_key(&tenant) {
+                continue;
+            }
+            let start = entry.session.open_ours(AppProto::GOSSIP, tenant, token.clone(), json(&Open::Gossip {}), Kind::GossipOut);
+            self.push(id, Class::Control, start);
+        }
+    }
+
+    /// A peer answered on a gossip stream of ours.
+    pub(super) fn answered(&mut self, id: SessionId, frame: &Frame, clock: Clock) {
+        let Some(entry) = self.sessions.get_mut(&id) else { return };
+        let tenant = frame.tenant;
+        if frame.code == 200 {
+            let Some(remote) = entry.remote_mut() else { return };
+            remote.streams.insert(tenant, frame.corr_id);
+            let link = remote.link;
+            self.engine.handle_tenant_up(link, clock.now);
+            return;
+        }
+        entry.session.close_stream(frame.corr_id);
+        if let Some(remote) = entry.remote_mut() {
+            remote.streams.remove(&tenant);
+        }
+        if frame.code == Status::QuotaExhausted.code() || frame.code == Status::Unavailable.code() {
+            let wait = crate::control::parse::<crate::status::ErrorBody>(&frame.payload).and_then(|body| body.retry_after_ms);
+            entry.session.back_off(wait.unwrap_or(1_000).clamp(100, 60_000), clock.now);
+            self.reschedule(id);
+        }
+    }
+
+    /// Closes a session without waiting for what it has queued.
+    pub(super) fn drop_session(&mut self, id: SessionId, reason: Option<Reason>) {
+        if let Some(entry) = self.sessions.get_mut(&id) {
+            entry.closing = true;
+            self.outputs.extend(reason.map(Output::Rejected));
+            self.outputs.push_back(Output::Close(id));
+        }
+    }
+
+    /// A session is gone: its link goes, and its peer unless another session took over.
+    pub(super) fn unlink(&mut self, id: SessionId, entry: &Entry) {
+        let Some(remote) = entry.remote() else { return };
+        if self.links.get(&remote.link) == Some(&id) {
+            self.links.remove(&remote.link);
+            self.engine.handle_link_down(remote.link);
+        }
+        let Some(peer) = remote.configured else { return };
+        let another = self.sessions.values().any(|entry| entry.remote().is_some_and(|other| other.configured == Some(peer)));
+        if !another {
+            self.outputs.push_back(Output::Peer { peer, up: false });
+        }
+    }
+
+    /// Distinct daemons with an active session.
+    #[must_use]
+    pub fn peers_up(&self) -> u32 {
+        let mut seen: Vec<_> = self.sessions.values().filter_map(Entry::remote).map(|r| (&r.identity, r.incarnation)).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        u32::try_from(seen.len()).unwrap_or(u32::MAX)
+    }
+
+    pub(super) fn wire(&mut self) -> (Wire<'_>, &mut crate::gossip::Engine) {
+        (Wire::new(&mut self.sessions, &self.links, &mut self.sendable), &mut self.engine)
+    }
+}

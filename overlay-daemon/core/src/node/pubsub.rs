@@ -1,0 +1,265 @@
+//! Publishing, subscribing and delivery, for one daemon's own clients.
+
+use std::collections::BTreeMap;
+
+use bytes::{Bytes, BytesMut};
+
+use super::entry::Upload;
+use super::{Clock, Kind, Node, Output, SessionId};
+use crate::frame::{AppProto, CHUNK, Flags, Frame, MAX_BODY};
+use crate::gossip::{Draft, Held, class_of, digest};
+use crate::identity::{TenantId, Topic};
+use crate::lanes::Class;
+use crate::record::{Piece, Publish, Record};
+use crate::status::{Reason, Refusal, Status};
+
+/// Who subscribed to what.
+#[derive(Debug, Default)]
+pub(super) struct Subscriptions(BTreeMap<(TenantId, Topic), Vec<(SessionId, u64)>>);
+
+impl Subscriptions {
+    pub(super) fn add(&mut self, id: SessionId, start: &Frame, topics: &[Topic]) {
+        for topic in topics {
+            let subscribers = self.0.entry((start.tenant, topic.clone())).or_default();
+            if !subscribers.contains(&(id, start.corr_id)) {
+                subscribers.push((id, start.corr_id));
+            }
+        }
+    }
+
+    pub(super) fn remove(&mut self, id: SessionId, end: &Frame, topics: &[Topic]) {
+        for topic in topics {
+            let key = (end.tenant, topic.clone());
+            if let Some(subscribers) = self.0.get_mut(&key) {
+                subscribers.retain(|subscriber| *subscriber != (id, end.corr_id));
+                if subscribers.is_empty() {
+                    self.0.remove(&key);
+                }
+            }
+        }
+    }
+
+    pub(super) fn remove_session(&mut self, id: SessionId) {
+        self.0.retain(|_, subscribers| {
+            subscribers.retain(|(session, _)| *session != id);
+            !subscribers.is_empty()
+        });
+    }
+}
+
+impl Node {
+    /// A frame of a publisher's stream.
+    pub(super) fn publish(&mut self, id: SessionId, frame: Frame, clock: Clock) {
+        let about = Frame { payload: Bytes::new(), ..frame.clone() };
+        match self.accept_publish(id, frame, clock) {
+            Ok(None) => {}
+            Ok(Some(message)) => self.push(id, Class::Control, Frame::response(&about, 200, false, message)),
+            Err(refusal) => self.refuse(id, &about, &refusal, false),
+        }
+    }
+
+    /// The id to answer with, once a message is whole and kept.
+    fn accept_publish(&mut self, id: SessionId, frame: Frame, clock: Clock) -> Result<Option<Bytes>, Refusal> {
+        let attributes = u8::from(frame.flags.has(Flags::APP_E2E));
+        let publish = Publish::decode(frame.payload.clone()).ok_or(Refusal::new(Status::BadRequest, "not a publish record"))?;
+        match publish {
+            Publish::Message(payload) => {
+                self.admit_message(id, frame.corr_id, clock)?;
+                if payload.len() > CHUNK {
+                    return Err(Refusal::new(Status::PayloadTooLarge, "over 64 KiB a message is sent as chunks"));
+                }
+                let hash = digest(&payload);
+                self.originate(id, &frame, attributes, payload, hash, clock).map(Some)
+            }
+            Publish::Begin { size, hash } => {
+                let verdict = self.admit_upload(id, frame.corr_id, size, clock);
+                let next = match &verdict {
+                    Ok(()) => Upload::Open { hash, size, attributes, got: Vec::new(), bytes: 0, hasher: Box::default() },
+                    Err(_) => Upload::Refused { hash },
+                };
+                let replaced = self.set_upload(id, frame.corr_id, next);
+                if matches!(replaced, Some(Upload::Open { .. })) {
+                    self.forget_upload(id);
+                }
+                verdict?;
+                if let Some(entry) = self.sessions.get_mut(&id) {
+                    entry.quota.enter();
+                }
+                self.quota.enter();
+                Ok(None)
+            }
+            Publish::Piece(piece) => self.accept_piece(id, &frame, piece, clock),
+        }
+    }
+
+    fn admit_message(&mut self, id: SessionId, corr_id: u64, clock: Clock) -> Result<(), Refusal> {
+        self.admit(id, clock)?;
+        self.admit_write()?;
+        let stream = self.sessions.get_mut(&id).and_then(|entry| entry.session.stream_mut(corr_id));
+        match stream.map(|stream| &stream.kind) {
+            Some(Kind::Publish { grant, .. }) => grant.check_time(clock.unix_ms),
+            _ => Err(Refusal::new(Status::BadRequest, "not a publish stream")),
+        }
+    }
+
+    /// G-6: 413 from the announced size, before any chunk.
+    fn admit_upload(&mut self, id: SessionId, corr_id: u64, size: u32, clock: Clock) -> Result<(), Refusal> {
+        if size as usize > MAX_BODY {
+            return Err(Refusal::new(Status::PayloadTooLarge, "a published message is at most 1 MiB; larger objects are for put"));
+        }
+        if size as usize <= CHUNK {
+            return Err(Refusal::new(Status::BadRequest, "up to 64 KiB a message is sent whole"));
+        }
+        self.admit_message(id, corr_id, clock)
+    }
+
+    fn set_upload(&mut self, id: SessionId, corr_id: u64, next: Upload) -> Option<Upload> {
+        match &mut self.sessions.get_mut(&id)?.session.stream_mut(corr_id)?.kind {
+            Kind::Publish { upload, .. } => Some(std::mem::replace(upload, next)),
+            Kind::Subscribe { .. } | Kind::GossipIn | Kind::GossipOut => None,
+        }
+    }
+
+    fn accept_piece(&mut self, id: SessionId, frame: &Frame, piece: Piece, clock: Clock) -> Result<Option<Bytes>, Refusal> {
+        let bad = |message| Err(Refusal::new(Status::BadRequest, message));
+        match self.set_upload(id, frame.corr_id, Upload::None) {
+            Some(Upload::Refused { hash }) if hash == piece.hash => {
+                self.set_upload(id, frame.corr_id, Upload::Refused { hash });
+                Ok(None)
+            }
+            Some(Upload::Open { hash, size, attributes, mut got, bytes, mut hasher }) => {
+                let expected = (size as usize - bytes).min(CHUNK);
+                if hash != piece.hash || piece.index as usize != got.len() || piece.bytes.len() != expected {
+                    self.forget_upload(id);
+                    self.set_upload(id, frame.corr_id, Upload::Refused { hash });
+                    return bad("not the next chunk of the message");
+                }
+                hasher.update(&piece.bytes);
+                let bytes = bytes + piece.bytes.len();
+                got.push(piece.bytes);
+                if bytes < size as usize {
+                    self.set_upload(id, frame.corr_id, Upload::Open { hash, size, attributes, got, bytes, hasher });
+                    return Ok(None);
+                }
+                self.forget_upload(id);
+                if hasher.finalize() != hash {
+                    return bad("the chunks are not the payload that was named");
+                }
+                let mut payload = BytesMut::with_capacity(bytes);
+                got.iter().for_each(|chunk| payload.extend_from_slice(chunk));
+                self.originate(id, frame, attributes, payload.freeze(), hash, clock).map(Some)
+            }
+            Some(Upload::Refused { .. } | Upload::None) | None => bad("a chunk of no message"),
+        }
+    }
+
+    /// An upload is over: it counts as in flight no longer. Its answer counts for itself.
+    pub(super) fn forget_upload(&mut self, id: SessionId) {
+        if let Some(entry) = self.sessions.get_mut(&id) {
+            entry.quota.leave(1);
+        }
+        self.quota.leave(1);
+    }
+
+    fn originate(
+        &mut self,
+        id: SessionId,
+        frame: &Frame,
+        attributes: u8,
+        payload: Bytes,
+        hash: [u8; 32],
+        clock: Clock,
+    ) -> Result<Bytes, Refusal> {
+        let stream = self.sessions.get_mut(&id).and_then(|entry| entry.session.stream_mut(frame.corr_id));
+        let Some(Kind::Publish { topic, .. }) = stream.map(|stream| &stream.kind) else {
+            return Err(Refusal::new(Status::BadRequest, "not a publish stream"));
+        };
+        let draft = Draft { tenant: frame.tenant, topic: topic.clone(), attributes, payload, hash };
+        let (mut wire, engine) = self.wire();
+        let held = engine.publish(draft, clock.unix_ms, clock.now, &mut wire)?;
+        self.deliver(&held);
+        Ok(Bytes::copy_from_slice(&held.id.0))
+    }
+
+    /// Queues a message for everyone here who subscribed to its topic. Whose lane is full
+    /// misses it, is counted, and is told by a Gap.
+    pub(super) fn deliver(&mut self, held: &Held) {
+        let Some(subscribers) = self.subscriptions.0.get(&(held.tenant, held.envelope.topic.clone())) else { return };
+        let class = class_of(held);
+        for (id, corr_id) in subscribers.clone() {
+            let Some(entry) = self.sessions.get_mut(&id) else { continue };
+            let room = entry.lanes.room(class);
+            let Some(stream) = entry.session.stream_mut(corr_id) else { continue };
+            let Kind::Subscribe { missed, .. } = &mut stream.kind else { continue };
+            if *missed > 0 || room < held.frames.len() {
+                *missed = missed.saturating_add(1);
+                self.outputs.push_back(Output::Rejected(Reason::Overflow));
+                continue;
+            }
+            let (mut wire, _) = self.wire();
+            for payload in held.frames.iter() {
+                wire.push(id, class, event(held, corr_id, payload.clone()));
+            }
+        }
+    }
+
+    /// A session has room again: its subscriptions are told what they missed, in place of it.
+    pub(super) fn tell_gaps(&mut self, id: SessionId) {
+        let Some(entry) = self.sessions.get_mut(&id) else { return };
+        // With half the lane free the subscriber has caught up; sooner, a Gap would be
+        // followed by the next one.
+        let room = |lanes: &crate::lanes::Lanes| lanes.percent() < 50;
+        if !room(&entry.lanes) {
+            return;
+        }
+        let gaps: Vec<(u64, TenantId, u32)> = entry
+            .session
+            .streams()
+            .filter_map(|(corr_id, stream)| match stream.kind {
+                Kind::Subscribe { missed, .. } if missed > 0 => Some((corr_id, stream.tenant, missed)),
+                _ => None,
+            })
+            .collect();
+        for (corr_id, tenant, count) in gaps {
+            let gap = Record::Gap { missed: count }.encode();
+            let (mut wire, _) = self.wire();
+            if !wire.push(id, Class::Interactive, Frame::new(Flags::EVENT, AppProto::PUBSUB, tenant, corr_id, gap)) {
+                return;
+            }
+            if let Some(stream) = self.sessions.get_mut(&id).and_then(|entry| entry.session.stream_mut(corr_id))
+                && let Kind::Subscribe { missed, .. } = &mut stream.kind
+            {
+                *missed = 0;
+            }
+        }
+    }
+
+    /// Draining: every subscription ends, after what it already has queued.
+    pub(super) fn end_subscriptions(&mut self) {
+        let refusal = Refusal::later(Status::Unavailable, "the daemon is stopping", 1_000);
+        let open: Vec<(SessionId, u64, TenantId)> = self
+            .sessions
+            .iter()
+            .flat_map(|(id, entry)| entry.session.streams().map(move |(corr_id, stream)| (*id, corr_id, stream)))
+            .filter(|(_, _, stream)| matches!(stream.kind, Kind::Subscribe { .. }))
+            .map(|(id, corr_id, stream)| (id, corr_id, stream.tenant))
+            .collect();
+        for (id, corr_id, tenant) in open {
+            self.subscriptions.remove_session(id);
+            if let Some(entry) = self.sessions.get_mut(&id) {
+                entry.session.close_stream(corr_id);
+            }
+            let end = Frame {
+                code: refusal.status.code(),
+                ..Frame::new(Flags::RESP | Flags::END, AppProto::PUBSUB, tenant, corr_id, refusal.body(corr_id))
+            };
+            // Behind the events, in the lane of the slowest of them.
+            self.push(id, Class::Bulk, end);
+        }
+    }
+}
+
+fn event(held: &Held, corr_id: u64, payload: Bytes) -> Frame {
+    let e2e = if held.envelope.attributes & 1 == 1 { Flags::APP_E2E } else { Flags::default() };
+    Frame::new(Flags::EVENT | e2e, AppProto::PUBSUB, held.tenant, corr_id, payload)
+}

@@ -1,0 +1,82 @@
+//! The state of a daemon as `/sessions` shows it: for its operator, never in metric labels.
+
+use bytes::Bytes;
+use serde_json::json;
+
+use super::{Entry, Node, Party};
+use crate::Millis;
+use crate::control;
+use crate::grant::Holder;
+use crate::session::Role;
+
+impl Node {
+    /// The JSON object of the admin protocol's `sessions`.
+    pub(super) fn sessions_report(&self, now: Millis) -> Bytes {
+        let sessions: Vec<_> = self.sessions.iter().map(|(id, entry)| session(id.0, entry, now, self)).collect();
+        let conditions: Vec<_> =
+            self.report.conditions.iter().map(|c| json!({"name": c.name, "ok": c.ok, "reason": c.reason})).collect();
+        let (held, bytes) = self.engine.held();
+        control::json(&json!({
+            "daemon": {
+                "name": self.hello.name,
+                "identity": self.identity,
+                "incarnation": self.hello.incarnation,
+                "version": env!("CARGO_PKG_VERSION"),
+            },
+            "ready": self.report.ready,
+            "conditions": conditions,
+            "sessions": sessions,
+            "messages": {"held": held, "bytes": bytes},
+        }))
+    }
+
+    /// Requests in flight with each configured peer, by its place in the peers file; the
+    /// last number is everyone else's.
+    #[must_use]
+    pub fn inflight(&self) -> Vec<u32> {
+        let mut inflight = vec![0_u32; self.peers.peers.len() + 1];
+        for entry in self.sessions.values() {
+            let place = entry.remote().and_then(|remote| remote.configured).unwrap_or(self.peers.peers.len());
+            if let Some(sum) = inflight.get_mut(place) {
+                *sum = sum.saturating_add(entry.quota.inflight());
+            }
+        }
+        inflight
+    }
+
+    /// Active sessions by key exchange: hybrid, classical, and without TLS.
+    #[must_use]
+    pub fn sessions_by_group(&self) -> [u32; 3] {
+        let count = |group| u32::try_from(self.sessions.values().filter(|e| e.group == group).count()).unwrap_or(u32::MAX);
+        [count("hybrid"), count("classical"), count("none")]
+    }
+}
+
+fn session(id: u64, entry: &Entry, now: Millis, node: &Node) -> serde_json::Value {
+    let (kind, name) = match (&entry.party, &entry.holder) {
+        (Party::Peer(remote), _) => {
+            let peer = remote.configured.and_then(|peer| node.peers.peers.get(peer));
+            ("peer", Some(peer.map_or(remote.name.as_str(), |peer| peer.name.as_str())))
+        }
+        (Party::Client, Holder::Local) => ("local", None),
+        (Party::Client, Holder::Certificate(_)) => ("client", None),
+    };
+    let identity = match &entry.holder {
+        Holder::Local => crate::grant::LOCAL_HOLDER,
+        Holder::Certificate(id) => id.as_str(),
+    };
+    let (age_ms, idle_ms) = entry.session.ages(now);
+    json!({
+        "id": id,
+        "kind": kind,
+        "peer": name,
+        "identity": identity,
+        "state": entry.session.state().label(),
+        "direction": if entry.session.role() == Role::Dialler { "out" } else { "in" },
+        "group": entry.group,
+        "age_ms": age_ms,
+        "idle_ms": idle_ms,
+        "queued_frames": entry.lanes.len(),
+        "streams": entry.session.streams().count(),
+    })
+}

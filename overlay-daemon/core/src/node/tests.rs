@@ -1,0 +1,256 @@
+//! Whole daemons joined in virtual time: every frame takes a millisecond, nothing is real.
+
+mod sim;
+
+use sim::{Sim, TOPIC};
+
+use super::*;
+use crate::control::{Open, json};
+use crate::identity::TenantId;
+use crate::record::{Publish, Record, pieces};
+
+/// Publishes and subscribes through a client session like any other.
+fn publish(sim: &mut Sim, node: usize, client: SessionId, corr_id: u64, record: &Publish) {
+    sim.client_sends(node, client, Frame::new(Flags::REQ, AppProto::PUBSUB, TenantId(0), corr_id, record.encode()));
+}
+
+fn delivered(frames: &[Frame]) -> Vec<Record> {
+    frames.iter().filter(|f| f.flags.has(Flags::EVENT)).map(|f| Record::decode(f.payload.clone()).unwrap()).collect()
+}
+
+fn texts(frames: &[Frame]) -> Vec<String> {
+    delivered(frames)
+        .into_iter()
+        .map(|record| match record {
+            Record::Message { payload, .. } => String::from_utf8(payload.to_vec()).unwrap(),
+            other => format!("{other:?}"),
+        })
+        .collect()
+}
+
+#[test]
+fn two_daemons_become_peers_by_one_session() {
+    let mut sim = Sim::new(2);
+    sim.dial(0, 1);
+    sim.dial(1, 0);
+    sim.run(100);
+    assert_eq!((sim.nodes[0].peers_up(), sim.nodes[1].peers_up()), (1, 1));
+    assert_eq!((sim.nodes[0].sessions.len(), sim.nodes[1].sessions.len()), (1, 1), "of the two, one stayed");
+    assert_eq!(sim.nodes[0].sessions_by_group(), [1, 0, 0]);
+}
+
+#[test]
+fn a_session_with_oneself_is_closed() {
+    let mut sim = Sim::new(1);
+    sim.dial(0, 0);
+    sim.run(100);
+    assert_eq!((sim.nodes[0].sessions.len(), sim.nodes[0].peers_up()), (0, 0));
+}
+
+/// P-5: with a fan-out far below the number of peers, every message still reaches everyone.
+#[test]
+fn a_message_reaches_every_daemon_once() {
+    let mut sim = Sim::with(8, |config| config.gossip.fanout = 2);
+    sim.full_mesh();
+    let subscribers: Vec<_> = (0..8).map(|node| sim.subscriber(node)).collect();
+    let publisher = sim.publisher(3);
+    for n in 0..50 {
+        publish(&mut sim, 3, publisher, 1, &Publish::Message(format!("m{n}").into()));
+        sim.run(10);
+    }
+    sim.run(2_000);
+    let want: Vec<String> = (0..50).map(|n| format!("m{n}")).collect();
+    for (node, client) in subscribers.iter().enumerate() {
+        let mut got = texts(&sim.client_frames(node, *client));
+        got.sort_by_key(|text| text[1..].parse::<u32>().unwrap());
+        assert_eq!(got, want, "daemon {node}");
+    }
+    let duplicates: u64 = sim.nodes.iter().map(|node| node.counts().duplicates).sum();
+    assert!(duplicates < 50 * 8 / 4, "the tree settles: {duplicates} duplicates for 350 deliveries");
+}
+
+/// I-3, I-4: over 64 KiB a payload travels as chunks and arrives whole, at publisher's,
+/// neighbour's and the far end of a chain.
+#[test]
+fn a_mebibyte_travels_as_chunks() {
+    let mut sim = Sim::new(3);
+    sim.dial(0, 1);
+    sim.dial(1, 2);
+    sim.run(100);
+    let subscribers: Vec<_> = (0..3).map(|node| sim.subscriber(node)).collect();
+    let publisher = sim.publisher(0);
+    let payload: Bytes = (0..1_048_576_u32).map(|n| (n % 251) as u8).collect::<Vec<_>>().into();
+    let hash = crate::gossip::digest(&payload);
+    publish(&mut sim, 0, publisher, 1, &Publish::Begin { size: 1_048_576, hash });
+    for piece in pieces(&payload, hash) {
+        publish(&mut sim, 0, publisher, 1, &Publish::Piece(piece));
+    }
+    sim.run(1_000);
+    assert_eq!(sim.client_frames(0, publisher).last().map(|f| (f.code, f.payload.len())), Some((200, 32)));
+    for (node, client) in subscribers.iter().enumerate() {
+        let mut bytes = Vec::new();
+        for record in delivered(&sim.client_frames(node, *client)) {
+            match record {
+                Record::Begin { envelope, hops } => assert_eq!((envelope.hash, hops as usize), (hash, node)),
+                Record::Piece(piece) => bytes.extend_from_slice(&piece.bytes),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(bytes, payload, "daemon {node}");
+    }
+}
+
+/// G-1: one byte over 1 MiB is refused from its announced size, before any chunk.
+#[test]
+fn a_byte_over_a_mebibyte_is_413() {
+    let mut sim = Sim::new(1);
+    let publisher = sim.publisher(0);
+    publish(&mut sim, 0, publisher, 1, &Publish::Begin { size: 1_048_577, hash: [0; 32] });
+    let piece = crate::record::Piece { hash: [0; 32], index: 0, bytes: vec![0; 65_536].into() };
+    publish(&mut sim, 0, publisher, 1, &Publish::Piece(piece));
+    publish(&mut sim, 0, publisher, 1, &Publish::Message("after".into()));
+    sim.run(50);
+    let codes: Vec<u16> = sim.client_frames(0, publisher).iter().map(|frame| frame.code).collect();
+    assert_eq!(codes, [200, 413, 200], "START, the refusal, and the stream goes on");
+    assert_eq!(sim.rejected(0, Reason::Size), 1);
+}
+
+/// G-6: past the rate, 429 with the time to wait.
+#[test]
+fn past_the_rate_is_429() {
+    let mut sim = Sim::with(1, |config| config.overlay.per_peer_rps = 10);
+    let publisher = sim.publisher(0);
+    for _ in 0..20 {
+        publish(&mut sim, 0, publisher, 1, &Publish::Message("x".into()));
+    }
+    sim.run(50);
+    let codes: Vec<u16> = sim.client_frames(0, publisher).iter().map(|frame| frame.code).collect();
+    assert_eq!((codes.iter().filter(|c| **c == 200).count(), codes.iter().filter(|c| **c == 429).count()), (10, 11));
+}
+
+/// What is accepted while the mesh is apart reaches those who join later.
+#[test]
+fn what_was_accepted_alone_reaches_later_peers() {
+    let mut sim = Sim::new(2);
+    let publisher = sim.publisher(0);
+    publish(&mut sim, 0, publisher, 1, &Publish::Message("early".into()));
+    let subscriber = sim.subscriber(1);
+    sim.run(5_000);
+    assert_eq!(delivered(&sim.client_frames(1, subscriber)), []);
+    sim.dial(1, 0);
+    sim.run(1_000);
+    assert_eq!(texts(&sim.client_frames(1, subscriber)), ["early"]);
+}
+
+/// Losing any frame of a link that is then cut loses no message.
+#[test]
+fn a_cut_link_loses_nothing() {
+    let mut sim = Sim::with(3, |config| config.gossip.fanout = 1);
+    sim.full_mesh();
+    let subscriber = sim.subscriber(2);
+    let publisher = sim.publisher(0);
+    for n in 0..40 {
+        publish(&mut sim, 0, publisher, 1, &Publish::Message(format!("m{n}").into()));
+        if n % 10 == 5 {
+            sim.cut(n as usize / 10 % 2, 2);
+        }
+        sim.run(3);
+        if n % 10 == 9 {
+            sim.dial(2, n as usize / 10 % 2);
+            sim.run(20);
+        }
+    }
+    sim.run(5_000);
+    let mut got = texts(&sim.client_frames(2, subscriber));
+    got.sort_by_key(|text| text[1..].parse::<u32>().unwrap());
+    assert_eq!(got, (0..40).map(|n| format!("m{n}")).collect::<Vec<_>>());
+}
+
+/// I-5: who does not read misses messages, is told how many, and costs others nothing.
+#[test]
+fn a_slow_subscriber_is_told_of_its_gap() {
+    let mut sim = Sim::with(1, |config| {
+        config.gossip.lane_depth_frames = 8;
+        config.overlay.per_peer_rps = 500;
+    });
+    let slow = sim.subscriber(0);
+    let quick = sim.subscriber(0);
+    sim.stall(0, slow, true);
+    let publisher = sim.publisher(0);
+    for n in 0..30 {
+        publish(&mut sim, 0, publisher, 1, &Publish::Message(format!("m{n}").into()));
+        sim.run(2);
+    }
+    assert_eq!(texts(&sim.client_frames(0, quick)).len(), 30);
+    sim.stall(0, slow, false);
+    sim.run(100);
+    let got = delivered(&sim.client_frames(0, slow));
+    let missed: u32 = got.iter().map(|r| if let Record::Gap { missed } = r { *missed } else { 0 }).sum();
+    let received = got.iter().filter(|r| matches!(r, Record::Message { .. })).count();
+    assert_eq!(missed as usize + received, 30);
+    assert!(missed > 0 && sim.rejected(0, Reason::Overflow) == u64::from(missed));
+}
+
+/// P-4: no capability, no stream; and a stream keeps to what its capability allows.
+#[test]
+fn a_start_without_a_grant_is_401() {
+    let mut sim = Sim::new(1);
+    let client = sim.client(0);
+    let start = |corr_id, open: &Open| Frame::new(Flags::REQ | Flags::START, AppProto::PUBSUB, TenantId(0), corr_id, json(open));
+    let topic: crate::identity::Topic = TOPIC.parse().unwrap();
+    sim.client_starts(0, client, start(3, &Open::Publish { topic: topic.clone() }), None);
+    sim.client_starts(0, client, start(5, &Open::Publish { topic: "other".parse().unwrap() }), Some(sim.grant()));
+    let foreign = Frame { tenant: TenantId(7), ..start(7, &Open::Publish { topic: topic.clone() }) };
+    sim.client_starts(0, client, foreign, Some(sim.grant()));
+    let gossip = Frame { app: AppProto::GOSSIP, payload: json(&Open::Gossip {}), ..start(9, &Open::Publish { topic }) };
+    sim.client_starts(0, client, gossip, Some(sim.grant()));
+    sim.run(20);
+    let codes: Vec<(u64, u16)> = sim.client_frames(0, client).iter().map(|f| (f.corr_id, f.code)).collect();
+    assert_eq!(codes, [(1, 200), (3, 401), (5, 403), (7, 403), (9, 403)]);
+}
+
+/// I-6: shedding refuses writes and goes on delivering; draining ends subscriptions after
+/// what they have queued.
+#[test]
+fn shedding_and_draining() {
+    let mut sim = Sim::new(1);
+    let subscriber = sim.subscriber(0);
+    let publisher = sim.publisher(0);
+    publish(&mut sim, 0, publisher, 1, &Publish::Message("a".into()));
+    sim.nodes[0].handle_readiness(Report::default(), true);
+    publish(&mut sim, 0, publisher, 1, &Publish::Message("b".into()));
+    sim.nodes[0].handle_readiness(Report::default(), false);
+    sim.nodes[0].handle_drain();
+    publish(&mut sim, 0, publisher, 1, &Publish::Message("c".into()));
+    sim.run(50);
+    let codes: Vec<u16> = sim.client_frames(0, publisher).iter().map(|frame| frame.code).collect();
+    assert_eq!(codes, [200, 200, 503, 503], "START, a, b, c");
+    let last = sim.client_frames(0, subscriber);
+    assert_eq!((texts(&last), last.last().map(|f| (f.code, f.flags.has(Flags::END)))), (vec!["a".to_owned()], Some((503, true))));
+    assert!(sim.nodes[0].is_drained());
+}
+
+#[test]
+fn a_silent_peer_is_dropped_and_its_link_with_it() {
+    let mut sim = Sim::new(2);
+    sim.dial(0, 1);
+    sim.run(100);
+    sim.blackhole(0, 1);
+    sim.run(40_000);
+    assert_eq!((sim.nodes[0].peers_up(), sim.nodes[0].links.len()), (0, 0));
+    assert_eq!(sim.rejected(0, Reason::Timeout) + sim.rejected(1, Reason::Timeout), 1, "whoever noticed first");
+}
+
+#[test]
+fn the_report_names_every_session() {
+    let mut sim = Sim::new(2);
+    sim.dial(0, 1);
+    sim.run(100);
+    let client = sim.client(0);
+    let start = Frame::new(Flags::REQ | Flags::START, AppProto::ADMIN, TenantId(0), 3, json(&Open::Sessions {}));
+    sim.client_starts(0, client, start, Some(sim.grant()));
+    sim.run(20);
+    let report: serde_json::Value = serde_json::from_slice(&sim.client_frames(0, client)[1].payload).unwrap();
+    let kinds: Vec<_> = report["sessions"].as_array().unwrap().iter().map(|s| (s["kind"].clone(), s["peer"].clone())).collect();
+    assert_eq!(kinds, [("peer".into(), "node-1".into()), ("local".into(), serde_json::Value::Null)]);
+}

@@ -1,0 +1,143 @@
+//! Which set of keys is current. A new set replaces the old when all of it is valid; until
+//! then the old one stays, and whoever watches is told once.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use overlay_core::config::{Tls, Token};
+use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use super::{Contents, KeySet, KmsError, Sources, Verifier};
+use crate::clock::Clock;
+use crate::metrics::Metrics;
+
+/// How often the files are read again. Contents are compared, not names or times: Kubernetes
+/// swaps a symlink above them, and no watch on the files themselves would see it.
+pub const POLL_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The keys of a daemon.
+pub struct Keys {
+    tls: Tls,
+    token: Token,
+    current: watch::Sender<Arc<KeySet>>,
+    seen: Mutex<Seen>,
+}
+
+/// What the files last held.
+struct Seen {
+    /// The contents of the current set.
+    current: blake3::Hash,
+    /// What was last refused: contents, or what could not be read.
+    refused: Option<blake3::Hash>,
+}
+
+/// What one look at the files came to.
+#[derive(Debug)]
+pub(super) enum Reload {
+    /// The current set is what they hold.
+    Unchanged,
+    /// They hold a new set, which is current now.
+    Replaced,
+    /// They hold something unusable that was not there before.
+    Refused(Vec<KmsError>),
+    /// They still hold what was refused before.
+    StillRefused,
+}
+
+impl Keys {
+    /// Reads the first set. Blocks on files.
+    ///
+    /// # Errors
+    /// Every file that cannot be read or used.
+    pub fn load(tls: &Tls, token: &Token, unix_ms: u64) -> Result<Self, Vec<KmsError>> {
+        let sources = Sources::new(tls, token);
+        let contents = Contents::read(&sources)?;
+        let seen = Mutex::new(Seen { current: contents.digest, refused: None });
+        let set = KeySet::build(&sources, contents, 1, unix_ms)?;
+        let (current, _) = watch::channel(Arc::new(set));
+        Ok(Self { tls: tls.clone(), token: token.clone(), current, seen })
+    }
+
+    /// The current set.
+    #[must_use]
+    pub fn current(&self) -> Arc<KeySet> {
+        Arc::clone(&self.current.borrow())
+    }
+
+    /// The current set, and every one that replaces it.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<Arc<KeySet>> {
+        self.current.subscribe()
+    }
+
+    /// A verifier of tokens that follows the current set.
+    #[must_use]
+    pub fn verifier(&self) -> Verifier {
+        Verifier::new(self.subscribe())
+    }
+
+    /// Looks at the files every [`POLL_INTERVAL`], until cancelled.
+    pub async fn watch(self: Arc<Self>, metrics: Arc<Metrics>, clock: Clock, cancel: CancellationToken) {
+        metrics.certificate_expiry(self.current().not_after_ms());
+        let mut tick = tokio::time::interval(POLL_INTERVAL);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The first tick is due at once, and the files have just been read.
+        tick.tick().await;
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                _ = tick.tick() => {}
+            }
+            let keys = Arc::clone(&self);
+            let Ok(outcome) = tokio::task::spawn_blocking(move || keys.reload(clock.unix_ms())).await else { continue };
+            match outcome {
+                Reload::Unchanged => {}
+                Reload::Replaced => {
+                    metrics.key_reload(true);
+                    metrics.certificate_expiry(self.current().not_after_ms());
+                    tracing::info!(generation = self.current().generation(), "keys reloaded");
+                }
+                Reload::Refused(errors) => {
+                    metrics.key_reload(false);
+                    let errors = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+                    tracing::warn!(errors, "keys not reloaded, the old ones stay");
+                }
+                Reload::StillRefused => metrics.key_reload(false),
+            }
+        }
+    }
+
+    /// Looks at the files once. Blocks on them.
+    pub(super) fn reload(&self, unix_ms: u64) -> Reload {
+        let sources = Sources::new(&self.tls, &self.token);
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let (digest, built) = match Contents::read(&sources) {
+            Ok(contents) if contents.digest == seen.current => {
+                seen.refused = None;
+                return Reload::Unchanged;
+            }
+            Ok(contents) => {
+                let generation = self.current().generation().saturating_add(1);
+                (contents.digest, KeySet::build(&sources, contents, generation, unix_ms))
+            }
+            Err(errors) => {
+                let said: String = errors.iter().map(ToString::to_string).collect();
+                (blake3::hash(said.as_bytes()), Err(errors))
+            }
+        };
+        match built {
+            Ok(set) => {
+                *seen = Seen { current: digest, refused: None };
+                self.current.send_replace(Arc::new(set));
+                Reload::Replaced
+            }
+            Err(_) if seen.refused == Some(digest) => Reload::StillRefused,
+            Err(errors) => {
+                seen.refused = Some(digest);
+                Reload::Refused(errors)
+            }
+        }
+    }
+}

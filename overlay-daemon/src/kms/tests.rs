@@ -1,0 +1,231 @@
+//! Which key material is taken, which tokens are believed, and when new keys replace old.
+
+use overlay_core::config::KeyExchange;
+use overlay_core::grant::Holder;
+use overlay_core::status::Status;
+use serde_json::{Value, json};
+
+use super::authority::{Authority, LeafOptions, NAMES, NODE, NOW_MS, TokenRoot, Volume, base64url, local_claims};
+use super::reload::Reload;
+use super::*;
+
+fn load(volume: &Volume) -> Result<Keys, Vec<KmsError>> {
+    let (tls, token) = volume.config(KeyExchange::RequireHybrid);
+    Keys::load(&tls, &token, NOW_MS)
+}
+
+/// Every error, without the folder's name.
+fn errors(volume: &Volume) -> Vec<String> {
+    let folder = format!("{}/", volume.folder().display());
+    load(volume).err().expect("should be refused").iter().map(|e| e.to_string().replace(&folder, "")).collect()
+}
+
+/// T6: what is wrong is named by field and file, and never quoted.
+#[test]
+fn key_material_that_is_refused() {
+    let (authority, other, root) = (Authority::new(), Authority::new(), TokenRoot::new());
+    let good = Volume::files(&authority, &root, LeafOptions::default());
+    let leaf = |options| Volume::files(&authority, &root, options);
+    let with = |index: usize, text: &str| {
+        let mut files = good.clone();
+        files[index] = text.to_owned();
+        files
+    };
+    let jwks = |keys: Value| with(3, &json!({ "keys": keys }).to_string());
+    let jwk = |change: Value| {
+        let mut jwk = root.jwk();
+        jwk.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        jwks(json!([jwk]))
+    };
+    let twice = [NODE, "spiffe://overlay.local/ns/a/overlaynode/other"];
+    let canary = "-----BEGIN PRIVATE KEY-----\nCANARY!\n-----END PRIVATE KEY-----\n";
+    let kind = "token.keys: token-keys.json: key 1: must have kty OKP, crv Ed25519, alg EdDSA and use sig";
+    let table = [
+        (with(0, ""), "tls.certificate: tls.crt: holds no PEM certificate"),
+        (with(0, &other.leaf(LeafOptions::default()).0), "tls.certificate: tls.crt: is signed by no authority in tls.ca"),
+        (leaf(LeafOptions { until_year: 2020, ..Default::default() }), "tls.certificate: tls.crt: has expired"),
+        (
+            leaf(LeafOptions { uris: &[], ..Default::default() }),
+            "tls.certificate: tls.crt: the certificate has 0 URI SANs, must have exactly one",
+        ),
+        (
+            leaf(LeafOptions { uris: &twice, ..Default::default() }),
+            "tls.certificate: tls.crt: the certificate has 2 URI SANs, must have exactly one",
+        ),
+        (
+            leaf(LeafOptions { uris: &["https://example.org"], ..Default::default() }),
+            "tls.certificate: tls.crt: the certificate's URI SAN is not spiffe://TRUST-DOMAIN/ns/NAMESPACE/overlaynode/NAME[/pod/POD]",
+        ),
+        (with(1, &other.leaf(LeafOptions::default()).1), "tls.key: tls.key: is not the private key of tls.certificate"),
+        (with(1, "nothing"), "tls.key: tls.key: holds no PEM private key"),
+        (with(1, canary), "tls.key: tls.key: is not PEM"),
+        (with(2, &good[1]), "tls.ca: ca.crt: holds no PEM certificate"),
+        (with(3, "{"), "token.keys: token-keys.json: is not a JSON Web Key Set (line 1, column 1)"),
+        (jwks(json!([])), "token.keys: token-keys.json: holds 0 keys, must hold 1 to 64"),
+        (jwks(json!([root.jwk(), root.jwk()])), "token.keys: token-keys.json: key 2: \"kid\" is another key's too"),
+        (jwk(json!({"kty": "RSA"})), kind),
+        (jwk(json!({"alg": "HS256"})), kind),
+        (jwk(json!({"x": "AAAA"})), "token.keys: token-keys.json: key 1: \"x\" must be 32 bytes in base64url"),
+        (jwk(json!({"kid": null})), "token.keys: token-keys.json: key 1: \"kid\" must be 1 to 128 bytes"),
+        (
+            jwk(json!({"d": "CANARY"})),
+            "token.keys: token-keys.json: key 1: is a private key; a daemon takes public keys only",
+        ),
+        (with(4, " \n"), "token.file: peer: is empty, must hold a token"),
+        (with(4, "CANARY CANARY"), "token.file: peer: does not hold a token (three base64url parts joined by dots)"),
+        (with(4, &"a".repeat(2_049)), "token.file: peer: holds 2049 bytes, a token has at most 2048"),
+    ];
+    for (files, want) in table {
+        assert_eq!(errors(&Volume::new(&files)), [want]);
+    }
+}
+
+#[test]
+fn every_file_that_is_missing_is_named_at_once() {
+    let volume = Volume::new(&Default::default());
+    std::fs::remove_file(volume.path("..data")).unwrap();
+    let found = errors(&volume);
+    assert_eq!(found.len(), NAMES.len(), "{found:?}");
+    assert!(found.iter().zip(NAMES).all(|(error, name)| error.contains(&format!("cannot read {name}: No such file"))));
+}
+
+/// N2: neither keys nor tokens show in what is printed.
+#[test]
+fn nothing_secret_is_printed() {
+    let files = Volume::files(&Authority::new(), &TokenRoot::new(), LeafOptions::default());
+    let keys = load(&Volume::new(&files)).unwrap();
+    let printed = format!("{:?}", keys.current());
+    assert_eq!(printed.matches("spiffe://").count(), 1, "{printed}");
+    assert!(printed.len() < 300 && !printed.contains(files[4].trim()), "{printed}");
+    assert_eq!(keys.current().peer_token(), files[4].trim().as_bytes());
+}
+
+/// P-4, K3 to K6: one token off at a time.
+#[test]
+fn tokens_that_are_refused() {
+    let (root, other) = (TokenRoot::new(), TokenRoot::new());
+    let files = Volume::files(&Authority::new(), &root, LeafOptions::default());
+    let keys = load(&Volume::new(&files)).unwrap();
+    let verifier = keys.verifier();
+    let verify = |token: &str| {
+        let grant = verifier.verify(token.as_bytes(), &Holder::Local, NOW_MS);
+        grant.map(|_| "granted").map_err(|refusal| (refusal.status, refusal.message))
+    };
+    let header = |change: Value| {
+        let mut header = root.header();
+        header.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        root.sign(&header.to_string(), &local_claims().to_string())
+    };
+    let claims = |change: Value| {
+        let mut claims = local_claims();
+        claims.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        root.mint(&claims)
+    };
+    let raw = |header: &str, claims: &str| root.sign(header, claims);
+    let good = root.mint(&local_claims());
+    let (message, signature) = good.rsplit_once('.').unwrap();
+    let text = local_claims().to_string();
+    let doubled = text.replacen('{', "{\"sub\":\"local\",", 1);
+    let hs256 = {
+        // The public key as an HMAC secret: the confusion that K3 names.
+        let header = json!({"alg": "HS256", "typ": "JWT", "kid": root.kid}).to_string();
+        let message = format!("{}.{}", base64url(header.as_bytes()), base64url(text.as_bytes()));
+        let key = jsonwebtoken::EncodingKey::from_secret(root.key.public_key_raw());
+        let mac = jsonwebtoken::crypto::sign(message.as_bytes(), &key, jsonwebtoken::Algorithm::HS256).unwrap();
+        format!("{message}.{mac}")
+    };
+    let impostor = other.sign(&root.header().to_string(), &text);
+    let deep = format!("{{\"aud\":{}{}}}", "[".repeat(600), "]".repeat(600));
+    let unreadable = "the token cannot be read";
+    let members = "the token's header has members that are not understood";
+    let unknown = "the token's claims cannot be read";
+    let table = [
+        ("as minted", good.clone(), Ok("granted")),
+        ("again, from the cache", good.clone(), Ok("granted")),
+        ("no typ", raw(&json!({"alg": "EdDSA", "kid": root.kid}).to_string(), &text), Ok("granted")),
+        ("nothing", String::new(), Err("a token is required")),
+        ("too long", "a".repeat(2_049), Err("the token is too long")),
+        ("not a token", "a.b".into(), Err(unreadable)),
+        ("alg none", raw(&json!({"alg": "none", "kid": root.kid}).to_string(), &text), Err(unreadable)),
+        ("alg HS256 with the public key", hs256, Err("the token is not signed with EdDSA")),
+        ("alg ES256", header(json!({"alg": "ES256"})), Err("the token is not signed with EdDSA")),
+        ("no signature", format!("{message}."), Err("the token's signature does not hold")),
+        ("another signature", format!("{message}.{}", signature.chars().rev().collect::<String>()), Err("the token's signature does not hold")),
+        ("no key id", header(json!({"kid": null})), Err("the token's key is not known")),
+        ("a foreign key id", other.mint(&local_claims()), Err("the token's key is not known")),
+        ("a foreign key under our id", impostor, Err("the token's signature does not hold")),
+        ("a key of its own", header(json!({"jwk": other.jwk()})), Err(members)),
+        ("a key's address", header(json!({"jku": "https://example.org"})), Err(members)),
+        ("crit", header(json!({"crit": ["exp"]})), Err(members)),
+        ("crit, empty", header(json!({"crit": []})), Err(members)),
+        ("a header member of its own", header(json!({"b64": false})), Err(members)),
+        ("nested", header(json!({"cty": "JWT"})), Err(members)),
+        ("another typ", header(json!({"typ": "at+jwt"})), Err(members)),
+        ("a claim of its own", claims(json!({"roles": []})), Err(unknown)),
+        ("a claim of the wrong type", claims(json!({"exp": "never"})), Err(unknown)),
+        ("a claim twice", raw(&root.header().to_string(), &doubled), Err(unknown)),
+        ("deep", raw(&root.header().to_string(), &deep), Err(unknown)),
+        ("expired", claims(json!({"exp": NOW_MS / 1_000})), Err("the token has expired")),
+        ("not yet", claims(json!({"nbf": NOW_MS / 1_000 + 6})), Err("the token is not valid yet")),
+        ("another audience", claims(json!({"aud": "spiffe://overlay.local/ns/a/overlaynode/x"})), Err("the token is for another audience")),
+        ("another holder", claims(json!({"sub": NODE})), Err("the token belongs to another holder")),
+    ];
+    for (case, token, want) in table {
+        assert_eq!(verify(&token), want.map_err(|message| (Status::Unauthorized, message)), "{case}");
+    }
+}
+
+/// The audience is the OverlayNode's, whichever pod's certificate the daemon holds.
+#[test]
+fn a_token_is_for_the_node_and_not_for_its_pod() {
+    let root = TokenRoot::new();
+    let pod = format!("{NODE}/pod/mesh-0");
+    let files = Volume::files(&Authority::new(), &root, LeafOptions { uris: &[&pod], ..Default::default() });
+    let keys = load(&Volume::new(&files)).unwrap();
+    assert_eq!(keys.current().identity().as_str(), pod);
+    assert_eq!(keys.current().audience().as_str(), NODE);
+    let token = root.mint(&local_claims());
+    assert!(keys.verifier().verify(token.as_bytes(), &Holder::Local, NOW_MS).is_ok());
+}
+
+/// T6, and K1's other half: a swapped volume is noticed, a bad one changes nothing, and a key
+/// that is gone takes its tokens along, remembered or not.
+#[test]
+fn keys_are_replaced_whole_or_not_at_all() {
+    let (authority, root, next) = (Authority::new(), TokenRoot::new(), TokenRoot::new());
+    let first = Volume::files(&authority, &root, LeafOptions::default());
+    let mut volume = Volume::new(&first);
+    let keys = load(&volume).unwrap();
+    let verifier = keys.verifier();
+    let known = |root: &TokenRoot| verifier.verify(root.mint(&local_claims()).as_bytes(), &Holder::Local, NOW_MS).is_ok();
+    assert!(known(&root) && !known(&next));
+    assert!(matches!(keys.reload(NOW_MS), Reload::Unchanged));
+
+    let mut torn = Volume::files(&authority, &next, LeafOptions::default());
+    torn[1] = first[1].clone();
+    volume.swap(&torn);
+    let Reload::Refused(errors) = keys.reload(NOW_MS) else { panic!("a leaf with another's key") };
+    assert!(errors.len() == 1 && errors[0].to_string().starts_with("tls.key: "), "{errors:?}");
+    assert!(matches!(keys.reload(NOW_MS), Reload::StillRefused));
+    assert!(keys.current().generation() == 1 && known(&root));
+
+    volume.swap(&Volume::files(&authority, &next, LeafOptions::default()));
+    assert!(matches!(keys.reload(NOW_MS), Reload::Replaced));
+    assert!(keys.current().generation() == 2 && known(&next) && !known(&root));
+    assert!(matches!(keys.reload(NOW_MS), Reload::Unchanged));
+
+    std::fs::remove_file(volume.path("..data")).unwrap();
+    assert!(matches!(keys.reload(NOW_MS), Reload::Refused(_)));
+    assert!(matches!(keys.reload(NOW_MS), Reload::StillRefused));
+    assert!(known(&next));
+}
+
+#[test]
+fn a_client_needs_no_token_keys() {
+    let files = Volume::files(&Authority::new(), &TokenRoot::new(), LeafOptions::default());
+    let volume = Volume::new(&files);
+    let (tls, _) = volume.config(KeyExchange::RequireHybrid);
+    let (client, identity) = client_config(&tls, NOW_MS).unwrap();
+    assert_eq!((client.alpn_protocols.as_slice(), identity.as_str()), ([ALPN.to_vec()].as_slice(), NODE));
+    assert_eq!(read_token("--token-file", &volume.path("peer")).unwrap(), files[4].trim().as_bytes());
+}

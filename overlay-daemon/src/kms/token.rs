@@ -1,0 +1,183 @@
+//! Capability tokens: whether one was signed by a key that is believed. What it then allows is
+//! `overlay_core::grant`'s to say. Nothing here can mint.
+
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use jsonwebtoken::{Algorithm, DecodingKey, Header, Validation, decode, decode_header};
+use lru::LruCache;
+use overlay_core::frame::MAX_CAP;
+use overlay_core::grant::{Claims, Grant, Holder};
+use overlay_core::status::{Refusal, Status};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use tokio::sync::watch;
+
+use super::KeySet;
+
+/// Keys that the set may hold.
+pub const MAX_TOKEN_KEYS: usize = 64;
+/// Bytes of an Ed25519 public key.
+const ED25519_LEN: usize = 32;
+/// Tokens whose signature is remembered, at most 4 KiB each: past it, the one that was shown
+/// least recently is verified anew when it comes back.
+const CACHED_TOKENS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(4_095);
+
+/// The public keys whose tokens are believed, by key id.
+pub(super) struct TokenKeys(HashMap<String, DecodingKey>);
+
+/// A JSON Web Key Set (RFC 7517), as much of it as is used.
+#[derive(Deserialize)]
+struct Jwks {
+    keys: Vec<Jwk>,
+}
+
+#[derive(Deserialize)]
+struct Jwk {
+    kty: String,
+    crv: Option<String>,
+    alg: Option<String>,
+    #[serde(rename = "use")]
+    usage: Option<String>,
+    kid: Option<String>,
+    x: Option<String>,
+    /// The private half: a daemon must not hold what can mint.
+    d: Option<IgnoredAny>,
+}
+
+impl TokenKeys {
+    /// Reads a key set; only Ed25519 keys for signatures have a place in it.
+    pub(super) fn parse(text: &[u8]) -> Result<Self, String> {
+        // The position, not the parser's words: those could quote the file.
+        let set: Jwks = serde_json::from_slice(text)
+            .map_err(|e| format!("is not a JSON Web Key Set (line {}, column {})", e.line(), e.column()))?;
+        if set.keys.is_empty() || set.keys.len() > MAX_TOKEN_KEYS {
+            return Err(format!("holds {} keys, must hold 1 to {MAX_TOKEN_KEYS}", set.keys.len()));
+        }
+        let mut keys = HashMap::with_capacity(set.keys.len());
+        for (index, jwk) in set.keys.into_iter().enumerate() {
+            let (kid, key) = jwk.decode().map_err(|message| format!("key {}: {message}", index + 1))?;
+            if keys.insert(kid, key).is_some() {
+                return Err(format!("key {}: \"kid\" is another key's too", index + 1));
+            }
+        }
+        Ok(Self(keys))
+    }
+
+    /// The claims of `token` if one of these keys signed it.
+    fn claims(&self, token: &[u8]) -> Result<Claims, Refusal> {
+        let no = |message| Refusal::new(Status::Unauthorized, message);
+        let header = decode_header(token).map_err(|_| no("the token cannot be read"))?;
+        if header.alg != Algorithm::EdDSA {
+            return Err(no("the token is not signed with EdDSA"));
+        }
+        if !plain(&header) {
+            return Err(no("the token's header has members that are not understood"));
+        }
+        let key = header.kid.and_then(|kid| self.0.get(&kid));
+        let key = key.ok_or_else(|| no("the token's key is not known"))?;
+        let mut validation = Validation::new(Algorithm::EdDSA);
+        // Audience, holder and time are the grant's, by the daemon's own clock.
+        validation.required_spec_claims.clear();
+        validation.validate_exp = false;
+        validation.validate_aud = false;
+        let token = decode::<Claims>(token, key, &validation).map_err(|error| {
+            use jsonwebtoken::errors::ErrorKind::InvalidSignature;
+            match error.kind() {
+                InvalidSignature => no("the token's signature does not hold"),
+                _ => no("the token's claims cannot be read"),
+            }
+        })?;
+        Ok(token.claims)
+    }
+}
+
+/// Whether a header has `alg`, `typ` and `kid` alone: a key or certificate that a token brings
+/// along is never looked at, and what it calls critical is never skipped (attacks K3, K4).
+fn plain(header: &Header) -> bool {
+    let Header { typ, alg: _, cty, jku, jwk, kid: _, x5u, x5c, x5t, x5t_s256, crit, enc, zip, url, nonce, extras } =
+        header;
+    let strings = [cty, jku, x5u, x5t, x5t_s256, url, nonce];
+    typ.as_deref().is_none_or(|typ| typ == "JWT")
+        && strings.iter().all(|member| member.is_none())
+        && jwk.is_none()
+        && x5c.is_none()
+        && crit.is_none()
+        && enc.is_none()
+        && zip.is_none()
+        && extras.inner().is_empty()
+}
+
+impl Jwk {
+    fn decode(self) -> Result<(String, DecodingKey), String> {
+        if self.d.is_some() {
+            return Err("is a private key; a daemon takes public keys only".into());
+        }
+        let optional = |member: Option<String>, want: &str| member.is_none_or(|member| member == want);
+        let ed25519 = self.kty == "OKP" && self.crv.as_deref() == Some("Ed25519");
+        if !ed25519 || !optional(self.alg, "EdDSA") || !optional(self.usage, "sig") {
+            return Err("must have kty OKP, crv Ed25519, alg EdDSA and use sig".into());
+        }
+        let kid = self.kid.filter(|kid| (1..=128).contains(&kid.len()));
+        let kid = kid.ok_or_else(|| "\"kid\" must be 1 to 128 bytes".to_owned())?;
+        let key = DecodingKey::from_ed_components(self.x.as_deref().unwrap_or_default()).ok();
+        let key = key.filter(|key| key.try_get_as_bytes().is_ok_and(|bytes| bytes.len() == ED25519_LEN));
+        Ok((kid, key.ok_or_else(|| "\"x\" must be 32 bytes in base64url".to_owned())?))
+    }
+}
+
+/// Verifies tokens by whatever keys are current. Signatures that held are remembered until the
+/// keys change; those that did not cost their sender a verification each time.
+pub struct Verifier {
+    keys: watch::Receiver<Arc<KeySet>>,
+    cache: Mutex<Cache>,
+}
+
+struct Cache {
+    generation: u64,
+    claims: LruCache<blake3::Hash, Claims>,
+}
+
+impl Verifier {
+    pub(super) fn new(keys: watch::Receiver<Arc<KeySet>>) -> Self {
+        let cache = Cache { generation: 0, claims: LruCache::new(CACHED_TOKENS) };
+        Self { keys, cache: Mutex::new(cache) }
+    }
+
+    /// What `cap` grants to `holder` at `unix_ms`, milliseconds since 1970.
+    ///
+    /// # Errors
+    /// 401: no token, one past its bound, signed by no key that is believed, or with claims
+    /// that [`Grant::new`] refuses.
+    pub fn verify(&self, cap: &[u8], holder: &Holder, unix_ms: u64) -> Result<Grant, Refusal> {
+        if cap.is_empty() {
+            return Err(Refusal::new(Status::Unauthorized, "a token is required"));
+        }
+        if cap.len() > MAX_CAP {
+            return Err(Refusal::new(Status::Unauthorized, "the token is too long"));
+        }
+        let keys = Arc::clone(&self.keys.borrow());
+        Grant::new(self.claims(&keys, cap)?, keys.audience(), holder, unix_ms)
+    }
+
+    fn claims(&self, keys: &KeySet, cap: &[u8]) -> Result<Claims, Refusal> {
+        let id = blake3::hash(cap);
+        {
+            let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+            if cache.generation != keys.generation() {
+                cache.generation = keys.generation();
+                cache.claims.clear();
+            }
+            if let Some(claims) = cache.claims.get(&id) {
+                return Ok(claims.clone());
+            }
+        }
+        let claims = keys.token_keys.claims(cap)?;
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if cache.generation == keys.generation() {
+            cache.claims.put(id, claims.clone());
+        }
+        Ok(claims)
+    }
+}

@@ -1,0 +1,32 @@
+//! Where logs go: to standard error, as JSON or as text. Decides nothing but form and level.
+
+use overlay_core::config::{LogFormat, LogLevel, Observability};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::util::TryInitError;
+
+/// Sends the process's logs to standard error, from now on. Libraries are heard from `warn`
+/// on only: what they say below that is theirs to choose, and could quote a payload.
+///
+/// # Errors
+/// Logging has been set up before.
+pub fn start(config: &Observability) -> Result<(), TryInitError> {
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(filter(config.log_level)))
+        .with_writer(std::io::stderr);
+    use tracing_subscriber::util::SubscriberInitExt;
+    match config.log_format {
+        LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).finish().try_init(),
+        LogFormat::Text => builder.with_ansi(false).finish().try_init(),
+    }
+}
+
+fn filter(level: LogLevel) -> String {
+    let (own, others) = match level {
+        LogLevel::Error => ("error", "error"),
+        LogLevel::Warn => ("warn", "warn"),
+        LogLevel::Info => ("info", "warn"),
+        LogLevel::Debug => ("debug", "warn"),
+        LogLevel::Trace => ("trace", "warn"),
+    };
+    format!("{others},overlay_daemon={own},overlay_core={own}")
+}

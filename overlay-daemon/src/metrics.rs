@@ -1,0 +1,342 @@
+//! What is counted: the golden set (C-5, I-10) and what goes with it, in one registry. Every
+//! label is from a closed enum, save `peer`, which configuration bounds. Handles are made here
+//! once; hot paths only add.
+
+use std::collections::HashMap;
+
+use overlay_core::config::MAX_PEERS;
+use overlay_core::status::Reason;
+use prometheus::{
+    Encoder, Error, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
+};
+
+use crate::kms::KeyExchangeGroup;
+
+/// The value of `peer` for every session that is not a configured peer's.
+pub const OTHER: &str = "other";
+/// The media type of [`Metrics::render`].
+pub const TEXT_FORMAT: &str = prometheus::TEXT_FORMAT;
+
+/// Which way a gossip frame went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// To a peer.
+    Tx,
+    /// From a peer.
+    Rx,
+}
+
+/// What a request was for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// A session's first exchange.
+    Hello,
+    /// Ping to pong.
+    Ping,
+    /// Publish to its answer.
+    Publish,
+    /// Subscribe to its answer.
+    Subscribe,
+    /// A peer's gossip stream, opened.
+    Gossip,
+    /// The daemon's state, over the Unix socket.
+    Status,
+    /// `/metrics`.
+    AdminMetrics,
+    /// `/healthz`.
+    AdminHealthz,
+    /// `/readyz`.
+    AdminReadyz,
+    /// `/version`.
+    AdminVersion,
+}
+
+impl Route {
+    /// Every route, in the order of declaration.
+    pub const ALL: [Self; 10] = [
+        Self::Hello,
+        Self::Ping,
+        Self::Publish,
+        Self::Subscribe,
+        Self::Gossip,
+        Self::Status,
+        Self::AdminMetrics,
+        Self::AdminHealthz,
+        Self::AdminReadyz,
+        Self::AdminVersion,
+    ];
+
+    /// The label's value.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Hello => "hello",
+            Self::Ping => "ping",
+            Self::Publish => "publish",
+            Self::Subscribe => "subscribe",
+            Self::Gossip => "gossip",
+            Self::Status => "status",
+            Self::AdminMetrics => "admin_metrics",
+            Self::AdminHealthz => "admin_healthz",
+            Self::AdminReadyz => "admin_readyz",
+            Self::AdminVersion => "admin_version",
+        }
+    }
+}
+
+/// The metrics of one daemon.
+pub struct Metrics {
+    registry: Registry,
+    inflight: HashMap<String, IntGauge>,
+    inflight_other: IntGauge,
+    rejected: [IntCounter; Reason::ALL.len()],
+    gossip: [IntCounter; 2],
+    latency: [Histogram; Route::ALL.len()],
+    session_open: IntCounter,
+    session_close: IntCounter,
+    key_exchange: [IntCounter; KeyExchangeGroup::ALL.len()],
+    sessions: [IntGauge; KeyExchangeGroup::ALL.len()],
+    sessions_local: IntGauge,
+    accept_errors: IntCounter,
+    key_reloads: [IntCounter; 2],
+    certificate_expiry: IntGauge,
+    ready: IntGauge,
+}
+
+impl Metrics {
+    /// Registers everything, every series at 0. `peers` are the configured peers' names.
+    ///
+    /// # Errors
+    /// A label's value is one that the exposition format has no place for.
+    pub fn new<'p>(
+        amnesia: bool,
+        peers: impl IntoIterator<Item = &'p str>,
+        config_hash: &str,
+    ) -> Result<Self, Error> {
+        let amnesia = if amnesia { "on" } else { "off" };
+        let registry = Registry::new_custom(None, Some([("amnesia".to_owned(), amnesia.to_owned())].into()))?;
+        let r = &registry;
+        info(r, "overlay_config_info", "The configuration that is running.", "hash", config_hash)?;
+        info(r, "overlay_build_info", "The program that is running.", "version", env!("CARGO_PKG_VERSION"))?;
+
+        let inflight = IntGaugeVec::new(
+            Opts::new("overlay_inflight", "Requests not yet answered, by peer; sessions of no configured peer are other."),
+            &["peer"],
+        )?;
+        r.register(Box::new(inflight.clone()))?;
+        let peers = peers.into_iter().take(MAX_PEERS).map(|name| (name.to_owned(), inflight.with_label_values(&[name])));
+
+        let rejected = counters(r, "overlay_rejected_total", "What was refused, by reason.", "reason")?;
+        let gossip = counters(r, "overlay_gossip_frames_total", "Gossip frames, by direction.", "dir")?;
+        let key_exchange =
+            counters(r, "overlay_key_exchange_total", "TLS handshakes completed, by key exchange group.", "group")?;
+        let sessions = IntGaugeVec::new(
+            Opts::new(
+                "overlay_sessions_active",
+                "Sessions that are open, by key exchange group; those of the Unix socket are local.",
+            ),
+            &["group"],
+        )?;
+        r.register(Box::new(sessions.clone()))?;
+        let key_reloads = counters(r, "overlay_key_reloads_total", "Attempts to reload keys, by result.", "result")?;
+
+        Ok(Self {
+            inflight: peers.collect(),
+            inflight_other: inflight.with_label_values(&[OTHER]),
+            rejected: Reason::ALL.map(|reason| rejected.with_label_values(&[reason.label()])),
+            gossip: ["tx", "rx"].map(|dir| gossip.with_label_values(&[dir])),
+            latency: latency(r)?,
+            session_open: counter(r, "session_open_total", "Sessions that became active.")?,
+            session_close: counter(r, "session_close_total", "Sessions that ended after being active.")?,
+            key_exchange: KeyExchangeGroup::ALL.map(|group| key_exchange.with_label_values(&[group.label()])),
+            sessions: KeyExchangeGroup::ALL.map(|group| sessions.with_label_values(&[group.label()])),
+            sessions_local: sessions.with_label_values(&["local"]),
+            accept_errors: counter(r, "overlay_accept_errors_total", "Times that accepting a connection failed.")?,
+            key_reloads: ["ok", "failed"].map(|result| key_reloads.with_label_values(&[result])),
+            certificate_expiry: gauge(
+                r,
+                "overlay_certificate_expiry_timestamp_seconds",
+                "When this daemon's certificate ceases to be valid, seconds since 1970.",
+            )?,
+            ready: gauge(r, "overlay_ready", "Whether /readyz answers 200.")?,
+            registry,
+        })
+    }
+
+    /// Requests not yet answered of a session: resolved once a session. `None` is a session of
+    /// no configured peer.
+    #[must_use]
+    pub fn inflight(&self, peer: Option<&str>) -> IntGauge {
+        peer.and_then(|peer| self.inflight.get(peer)).unwrap_or(&self.inflight_other).clone()
+    }
+
+    /// What was refused for `reason`.
+    #[must_use]
+    pub fn rejected(&self, reason: Reason) -> &IntCounter {
+        &self.rejected[reason as usize]
+    }
+
+    /// Gossip frames that went `direction`.
+    #[must_use]
+    pub fn gossip_frames(&self, direction: Direction) -> &IntCounter {
+        &self.gossip[direction as usize]
+    }
+
+    /// Seconds from request to answer on `route`.
+    #[must_use]
+    pub fn latency(&self, route: Route) -> &Histogram {
+        &self.latency[route as usize]
+    }
+
+    /// A session became active; `None` is the Unix socket. The guard's end is the session's.
+    #[must_use]
+    pub fn session(&self, group: Option<KeyExchangeGroup>) -> ActiveSession {
+        let active = group.map_or(&self.sessions_local, |group| &self.sessions[group as usize]).clone();
+        self.session_open.inc();
+        active.inc();
+        ActiveSession { active, close: self.session_close.clone() }
+    }
+
+    /// A TLS handshake completed with `group`.
+    pub fn key_exchange(&self, group: KeyExchangeGroup) {
+        self.key_exchange[group as usize].inc();
+    }
+
+    /// Accepting a connection failed: descriptors ran out, or the caller had gone.
+    pub fn accept_error(&self) {
+        self.accept_errors.inc();
+    }
+
+    /// New keys were found, and taken or refused.
+    pub fn key_reload(&self, ok: bool) {
+        self.key_reloads[usize::from(!ok)].inc();
+    }
+
+    /// When this daemon's certificate ends, milliseconds since 1970.
+    pub fn certificate_expiry(&self, not_after_ms: u64) {
+        self.certificate_expiry.set(i64::try_from(not_after_ms / 1_000).unwrap_or(i64::MAX));
+    }
+
+    /// What `/readyz` answers.
+    pub fn ready(&self, ready: bool) {
+        self.ready.set(i64::from(ready));
+    }
+
+    /// Everything, in Prometheus's text format.
+    ///
+    /// # Errors
+    /// None in practice: every family has a help text and at least one series.
+    pub fn render(&self) -> Result<Vec<u8>, Error> {
+        let mut text = Vec::with_capacity(16 * 1_024);
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(text)
+    }
+}
+
+/// A session that is counted as open until this is dropped.
+#[must_use]
+pub struct ActiveSession {
+    active: IntGauge,
+    close: IntCounter,
+}
+
+impl Drop for ActiveSession {
+    fn drop(&mut self) {
+        self.active.dec();
+        self.close.inc();
+    }
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> Result<IntCounter, Error> {
+    let metric = IntCounter::new(name, help)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, label: &str) -> Result<IntCounterVec, Error> {
+    let metric = IntCounterVec::new(Opts::new(name, help), &[label])?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, Error> {
+    let metric = IntGauge::new(name, help)?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+/// A gauge that is always 1 and says something in its label.
+fn info(registry: &Registry, name: &str, help: &str, label: &str, value: &str) -> Result<(), Error> {
+    let metric = IntGaugeVec::new(Opts::new(name, help), &[label])?;
+    metric.with_label_values(&[value]).set(1);
+    registry.register(Box::new(metric))
+}
+
+/// Latencies from 64 µs, doubling to 16.8 s: an answer from memory is at the low end, one
+/// through a deadline at the high.
+fn latency(registry: &Registry) -> Result<[Histogram; Route::ALL.len()], Error> {
+    let buckets = prometheus::exponential_buckets(64e-6, 2.0, 19)?;
+    let help = "Seconds from a request to its answer, by route.";
+    let metric = HistogramVec::new(HistogramOpts::new("request_latency_seconds", help).buckets(buckets), &["route"])?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(Route::ALL.map(|route| metric.with_label_values(&[route.label()])))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// C-5, I-8, G-8: the golden set is there before anything happens, labelled, and a peer
+    /// that is not configured never makes a series.
+    #[test]
+    fn the_golden_set() {
+        let metrics = Metrics::new(true, ["mesh-1", "mesh-2"], "0123456789abcdef").unwrap();
+        metrics.inflight(Some("mesh-1")).set(3);
+        metrics.inflight(Some("stranger")).inc();
+        metrics.inflight(None).inc();
+        metrics.rejected(Reason::Quota).inc();
+        metrics.rejected(Reason::Stale).inc_by(2);
+        metrics.gossip_frames(Direction::Rx).inc_by(5);
+        metrics.latency(Route::AdminVersion).observe(0.001);
+        metrics.key_exchange(KeyExchangeGroup::Hybrid);
+        let held = metrics.session(Some(KeyExchangeGroup::Hybrid));
+        drop(metrics.session(None));
+        let text = String::from_utf8(metrics.render().unwrap()).unwrap();
+        for line in [
+            "overlay_inflight{peer=\"mesh-1\",amnesia=\"on\"} 3",
+            "overlay_inflight{peer=\"mesh-2\",amnesia=\"on\"} 0",
+            "overlay_inflight{peer=\"other\",amnesia=\"on\"} 2",
+            "overlay_rejected_total{reason=\"quota\",amnesia=\"on\"} 1",
+            "overlay_rejected_total{reason=\"timeout\",amnesia=\"on\"} 0",
+            "overlay_rejected_total{reason=\"overflow\",amnesia=\"on\"} 0",
+            "overlay_rejected_total{reason=\"degraded\",amnesia=\"on\"} 0",
+            "overlay_rejected_total{reason=\"stale\",amnesia=\"on\"} 2",
+            "overlay_gossip_frames_total{dir=\"rx\",amnesia=\"on\"} 5",
+            "overlay_gossip_frames_total{dir=\"tx\",amnesia=\"on\"} 0",
+            "request_latency_seconds_bucket{route=\"admin_version\",amnesia=\"on\",le=\"0.001024\"} 1",
+            "request_latency_seconds_bucket{route=\"hello\",amnesia=\"on\",le=\"16.777216\"} 0",
+            "session_open_total{amnesia=\"on\"} 2",
+            "session_close_total{amnesia=\"on\"} 1",
+            "overlay_key_exchange_total{group=\"hybrid\",amnesia=\"on\"} 1",
+            "overlay_sessions_active{group=\"hybrid\",amnesia=\"on\"} 1",
+            "overlay_sessions_active{group=\"local\",amnesia=\"on\"} 0",
+            "overlay_config_info{hash=\"0123456789abcdef\",amnesia=\"on\"} 1",
+            "overlay_ready{amnesia=\"on\"} 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+        assert!(!text.contains("stranger"));
+        let series: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        assert!(series.iter().all(|line| line.contains("amnesia=\"on\"")), "{text}");
+        drop(held);
+    }
+
+    /// The arrays are indexed by their enum.
+    #[test]
+    fn every_enum_stands_in_its_order() {
+        assert!(Reason::ALL.iter().enumerate().all(|(i, reason)| *reason as usize == i));
+        assert!(Route::ALL.iter().enumerate().all(|(i, route)| *route as usize == i));
+        assert!(KeyExchangeGroup::ALL.iter().enumerate().all(|(i, group)| *group as usize == i));
+    }
+}

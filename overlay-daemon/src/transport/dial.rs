@@ -1,0 +1,73 @@
+//! Dialling over TCP and TLS.
+
+use std::io;
+use std::sync::Arc;
+
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
+use tokio_rustls::{TlsConnector, TlsStream};
+
+use super::{Connection, HandshakeError, TransportConfig};
+use crate::clock::Clock;
+
+/// TLS insists on a server's name. It is neither sent nor checked: who answers is judged by
+/// the certificate's URI SAN.
+const NO_NAME: &str = "overlay.invalid";
+
+/// Why dialling came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// Nobody answers there, or the name is not known.
+    #[error("cannot connect to {address}: {source}")]
+    Connect {
+        /// What was dialled.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Somebody answers, and the handshake fails.
+    #[error("handshake with {address}: {source}")]
+    Handshake {
+        /// What was dialled.
+        address: String,
+        /// Why.
+        source: HandshakeError,
+    },
+}
+
+/// Connects to `address` (`HOST:PORT`; a name is looked up each time), within the deadline
+/// that covers lookup, connection, TLS and HELLO. Who answered is for the caller to compare.
+///
+/// With TLS 1.3 this side is done before the other has judged its certificate: a refusal of
+/// that shows as an error of the first read.
+///
+/// # Errors
+/// What failed, with the address.
+pub async fn dial(
+    address: &str,
+    tls: &Arc<ClientConfig>,
+    config: &TransportConfig,
+    clock: Clock,
+) -> Result<Connection, DialError> {
+    let deadline = clock.deadline(config.handshake);
+    let late = || io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
+    let connect = timeout_at(deadline, TcpStream::connect(address)).await.unwrap_or_else(|_| Err(late()));
+    let stream = connect.map_err(|source| DialError::Connect { address: address.to_owned(), source })?;
+    let shaken = timeout_at(deadline, handshake(stream, tls, deadline)).await;
+    shaken
+        .unwrap_or(Err(HandshakeError::Timeout))
+        .map_err(|source| DialError::Handshake { address: address.to_owned(), source })
+}
+
+async fn handshake(
+    stream: TcpStream,
+    tls: &Arc<ClientConfig>,
+    deadline: Instant,
+) -> Result<Connection, HandshakeError> {
+    stream.set_nodelay(true)?;
+    let name = ServerName::try_from(NO_NAME).map_err(|error| HandshakeError::Io(io::Error::other(error)))?;
+    let stream = TlsConnector::from(Arc::clone(tls)).connect(name, stream).await?;
+    Connection::establish(TlsStream::from(stream), deadline)
+}

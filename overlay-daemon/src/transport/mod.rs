@@ -1,0 +1,140 @@
+//! Transports (the seam `ron-transport`): from an address or a listening socket to an
+//! authenticated byte stream, under one deadline. What is said on the stream, and whether its
+//! peer is welcome, is decided above.
+
+use std::io;
+use std::time::Duration;
+
+use overlay_core::config::Overlay;
+use overlay_core::identity::SpiffeId;
+use overlay_core::status::Reason;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+use tokio_rustls::TlsStream;
+
+use crate::kms::{ALPN, IdentityError, KeyExchangeGroup, Leaf};
+
+mod dial;
+mod listen;
+mod pending;
+mod unix;
+
+#[cfg(test)]
+mod tests;
+
+pub use dial::{DialError, dial};
+pub use listen::{Accepted, Listener};
+pub use pending::MAX_PENDING;
+pub use unix::{LocalConnection, LocalError, LocalListener};
+
+/// The timeouts and caps of a transport (I-2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TransportConfig {
+    /// From TCP accept, or from the first lookup of a dial, to HELLO answered, all of it.
+    pub handshake: Duration,
+    /// From a frame's first byte to its last.
+    pub read: Duration,
+    /// Bytes that are queued must leave within it.
+    pub write: Duration,
+    /// No byte either way for so long ends a session.
+    pub idle: Duration,
+    /// TLS handshakes at once, counted from a complete ClientHello.
+    pub max_handshakes_in_flight: usize,
+}
+
+impl From<&Overlay> for TransportConfig {
+    fn from(overlay: &Overlay) -> Self {
+        Self {
+            handshake: Duration::from_millis(overlay.handshake_timeout_ms),
+            read: Duration::from_millis(overlay.read_timeout_ms),
+            write: Duration::from_millis(overlay.write_timeout_ms),
+            idle: Duration::from_millis(overlay.idle_timeout_ms),
+            max_handshakes_in_flight: usize::try_from(overlay.max_handshakes_in_flight).unwrap_or(usize::MAX),
+        }
+    }
+}
+
+/// A byte stream whose other end has shown who it is.
+#[derive(Debug)]
+pub struct Connection {
+    /// The bytes.
+    pub stream: TlsStream<TcpStream>,
+    /// Who the certificate says it is. The caller decides whether that is who it wants.
+    pub peer: SpiffeId,
+    /// When that certificate ceases to be valid, milliseconds since 1970.
+    pub peer_not_after_ms: u64,
+    /// What the key exchange agreed on.
+    pub group: KeyExchangeGroup,
+    /// Until when HELLO must be answered: the handshake's deadline covers it too.
+    pub deadline: Instant,
+}
+
+impl Connection {
+    /// Judges a finished TLS handshake.
+    fn establish(stream: TlsStream<TcpStream>, deadline: Instant) -> Result<Self, HandshakeError> {
+        let (_, tls) = stream.get_ref();
+        if tls.alpn_protocol() != Some(ALPN) {
+            return Err(HandshakeError::Alpn);
+        }
+        let leaf = Leaf::of_chain(tls.peer_certificates())?;
+        let group = KeyExchangeGroup::of(tls).ok_or(HandshakeError::KeyExchange)?;
+        Ok(Self { stream, peer: leaf.identity, peer_not_after_ms: leaf.not_after_ms, group, deadline })
+    }
+}
+
+/// Why a handshake came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// It took longer than [`TransportConfig::handshake`].
+    #[error("the handshake was not over in time")]
+    Timeout,
+    /// It said nothing while [`MAX_PENDING`] others wanted in, and it was the oldest.
+    #[error("closed to make room: it had sent no ClientHello")]
+    Crowded,
+    /// The other side went away.
+    #[error("the connection ended during the handshake")]
+    Gone,
+    /// TLS refused: the version, the key exchange, a certificate.
+    #[error("{0}")]
+    Tls(rustls::Error),
+    /// The other side does not speak `ron/oap1`.
+    #[error("the other side does not offer ALPN ron/oap1")]
+    Alpn,
+    /// The certificate is valid and names nobody.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// TLS does not say what was agreed on; kept apart so that it can never pass for hybrid.
+    #[error("the key exchange is not known")]
+    KeyExchange,
+    /// The socket failed.
+    #[error(transparent)]
+    Io(io::Error),
+}
+
+impl HandshakeError {
+    /// Which `reason` of `overlay_rejected_total` counts it. A connection that just ended was
+    /// not refused: load balancers and probes do that all day.
+    #[must_use]
+    pub fn reason(&self) -> Option<Reason> {
+        match self {
+            Self::Timeout => Some(Reason::Timeout),
+            Self::Crowded => Some(Reason::Overflow),
+            Self::Tls(_) | Self::Alpn | Self::Identity(_) | Self::KeyExchange => Some(Reason::Tls),
+            Self::Gone | Self::Io(_) => None,
+        }
+    }
+}
+
+/// tokio-rustls wraps TLS's own errors; the rest are the socket's.
+impl From<io::Error> for HandshakeError {
+    fn from(error: io::Error) -> Self {
+        use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
+        let kind = error.kind();
+        let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        match (tls, kind) {
+            (Some(tls), _) => Self::Tls(tls.clone()),
+            (None, BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | UnexpectedEof) => Self::Gone,
+            (None, _) => Self::Io(error),
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! The operator against a real etcd, API server and controller manager, under its chart's RBAC.
+//! Cases share them, each in a namespace of its own.
+
+mod chart;
+mod faults;
+mod manifests;
+mod mesh;
+mod world;
+
+use std::process::ExitCode;
+
+use overlay_tests::cases::{self, Case};
+
+use world::World;
+
+const CASES: &[Case<World>] = &[
+    ("crd_is_established_and_named", mesh::crd_is_established_and_named),
+    ("chart_lints", chart::lints),
+    ("chart_is_accepted_by_the_api_server", chart::is_accepted),
+    ("chart_values_are_checked", chart::values_are_checked),
+    ("chart_crd_is_the_committed_one_and_is_kept", chart::crd_is_the_committed_one_and_is_kept),
+    ("chart_images_by_tag_and_digest", chart::images_by_tag_and_digest),
+    ("rbac_grants_the_least", chart::rbac_grants_the_least),
+    ("manifests_same_verdict_in_local_and_api_server", manifests::same_verdict),
+    ("rules_are_enforced_by_the_api_server", manifests::rules_are_enforced),
+    ("mesh_objects_and_owners", mesh::objects_and_owners),
+    ("mesh_conditions", mesh::conditions),
+    ("mesh_columns", mesh::columns),
+    ("mesh_configuration_passes_the_daemons_check", mesh::configuration_passes_check),
+    ("mesh_pods_fit_restricted_pod_security", mesh::pods_fit_restricted),
+    ("second_reconcile_writes_nothing", mesh::second_reconcile_writes_nothing),
+    ("operator_restart_changes_nothing", faults::restart_changes_nothing),
+    ("mesh_scales", mesh::scales),
+    ("mesh_children_are_collected", mesh::children_are_collected),
+    ("foreign_child_stalls", faults::foreign_child_stalls),
+    ("changed_child_is_put_back", faults::changed_child_is_put_back),
+    ("missing_ca_is_never_replaced", faults::missing_ca_is_never_replaced),
+];
+
+fn main() -> ExitCode {
+    cases::run(World::start, CASES)
+}

@@ -1,0 +1,4 @@
+//! Whole programs over loopback: what a person without a cluster does, and what happens when
+//! processes die.
+
+mod local;

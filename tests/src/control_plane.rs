@@ -1,0 +1,209 @@
+//! etcd, kube-apiserver and kube-controller-manager on free loopback ports, in one temporary
+//! folder, with certificates of their own. Authorisation is Node and RBAC from the start.
+//! There is no scheduler and no kubelet: pods are made, and never run.
+
+use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::kubectl::Kubectl;
+use crate::process::Process;
+use crate::programs::Kubernetes;
+use crate::wait::{self, Look};
+
+mod certificates;
+
+pub use certificates::Authority;
+
+/// How long the whole control plane may take to answer.
+const START_LIMIT: Duration = Duration::from_secs(90);
+/// Service addresses; the first is the API server's own.
+const SERVICE_RANGE: &str = "10.96.0.0/16";
+
+/// A running control plane; all of it ends when this is dropped.
+#[derive(Debug)]
+pub struct ControlPlane {
+    // Dropped in this order: clients of a server before the server, the folder last.
+    controllers: Process,
+    api_server: Process,
+    etcd: Process,
+    url: String,
+    authority: Authority,
+    programs: Kubernetes,
+    admin: Kubectl,
+    folder: TempDir,
+}
+
+impl ControlPlane {
+    /// Starts all three and waits until the API server is ready and the controllers have begun
+    /// to work.
+    pub fn start() -> Result<Self> {
+        let programs = Kubernetes::find()?;
+        let folder = tempfile::Builder::new().prefix("overlay-control-plane-").tempdir()?;
+        let at = folder.path();
+        let [etcd_client, etcd_peer, secure] = free_ports()?;
+        let authority = Authority::new("overlay-tests")?;
+        write_credentials(&authority, at)?;
+        let url = format!("https://127.0.0.1:{secure}");
+        let admin = authority.client("admin", "system:masters")?;
+        let admin = write_kubeconfig(
+            at,
+            "admin",
+            &url,
+            &authority,
+            &json!({
+                "client-certificate-data": base64(&admin.certificate),
+                "client-key-data": base64(&admin.key),
+            }),
+        )?;
+
+        let etcd = start_etcd(&programs, at, etcd_client, etcd_peer)?;
+        let api_server = start_api_server(&programs, at, etcd_client, secure)?;
+        let controllers = start_controllers(&programs, at, &admin)?;
+        let admin = Kubectl::new(programs.program("kubectl"), admin, at.join("kubectl-cache"));
+        let mut plane = Self { controllers, api_server, etcd, url, authority, programs, admin, folder };
+        plane.wait_until_ready()?;
+        Ok(plane)
+    }
+
+    /// kubectl as a cluster administrator.
+    pub fn admin(&self) -> &Kubectl {
+        &self.admin
+    }
+
+    /// The folder of everything temporary.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The Kubernetes programs.
+    pub fn programs(&self) -> &Kubernetes {
+        &self.programs
+    }
+
+    /// kubectl with a bearer token, for a service account.
+    pub fn with_token(&self, name: &str, token: &str) -> Result<Kubectl> {
+        let user = json!({ "token": token });
+        let path = write_kubeconfig(self.folder.path(), name, &self.url, &self.authority, &user)?;
+        Ok(Kubectl::new(self.programs.program("kubectl"), path, self.folder.path().join("kubectl-cache")))
+    }
+
+    fn wait_until_ready(&mut self) -> Result<()> {
+        wait::until("the control plane", START_LIMIT, || {
+            self.etcd.check()?;
+            self.api_server.check()?;
+            self.controllers.check()?;
+            let ready = self.admin.try_run(&["get", "--raw", "/readyz"], None)?;
+            if !ready.ok {
+                return Ok(Look::NotYet(ready.stderr));
+            }
+            // Made by the controller manager: it works, and pods in `default` are admitted.
+            let account = self.admin.try_run(&["get", "-n", "default", "serviceaccount", "default"], None)?;
+            Ok(if account.ok { Look::Holds(()) } else { Look::NotYet(account.stderr) })
+        })
+    }
+}
+
+fn start_etcd(programs: &Kubernetes, at: &Path, client: u16, peer: u16) -> Result<Process> {
+    Process::start("etcd", &programs.program("etcd"), &at.join("etcd.log"), |command| {
+        let (client, peer) = (format!("http://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
+        command
+            .arg(format!("--data-dir={}", at.join("etcd").display()))
+            .args(["--unsafe-no-fsync", "--log-level=warn"])
+            .arg(format!("--listen-client-urls={client}"))
+            .arg(format!("--advertise-client-urls={client}"))
+            .arg(format!("--listen-peer-urls={peer}"))
+            .arg(format!("--initial-advertise-peer-urls={peer}"))
+            .arg(format!("--initial-cluster=default={peer}"));
+    })
+}
+
+fn start_api_server(programs: &Kubernetes, at: &Path, etcd: u16, secure: u16) -> Result<Process> {
+    Process::start("kube-apiserver", &programs.program("kube-apiserver"), &at.join("kube-apiserver.log"), |command| {
+        command
+            .arg(format!("--etcd-servers=http://127.0.0.1:{etcd}"))
+            .arg(format!("--secure-port={secure}"))
+            .args(["--bind-address=127.0.0.1", "--endpoint-reconciler-type=none", "--authorization-mode=Node,RBAC"])
+            .arg(format!("--service-cluster-ip-range={SERVICE_RANGE}"))
+            .arg("--service-account-issuer=https://kubernetes.default.svc")
+            .arg(flag(at, "client-ca-file", "ca.crt"))
+            .arg(flag(at, "tls-cert-file", "server.crt"))
+            .arg(flag(at, "tls-private-key-file", "server.key"))
+            .arg(flag(at, "service-account-key-file", "service-accounts.pub"))
+            .arg(flag(at, "service-account-signing-key-file", "service-accounts.key"));
+    })
+}
+
+fn start_controllers(programs: &Kubernetes, at: &Path, kubeconfig: &Path) -> Result<Process> {
+    let program = programs.program("kube-controller-manager");
+    Process::start("kube-controller-manager", &program, &at.join("kube-controller-manager.log"), |command| {
+        command
+            .arg(format!("--kubeconfig={}", kubeconfig.display()))
+            .args(["--secure-port=0", "--leader-elect=false", "--use-service-account-credentials=true"])
+            .arg(flag(at, "root-ca-file", "ca.crt"))
+            .arg(flag(at, "service-account-private-key-file", "service-accounts.key"));
+    })
+}
+
+fn flag(at: &Path, name: &str, file: &str) -> String {
+    format!("--{name}={}", at.join(file).display())
+}
+
+fn write_credentials(authority: &Authority, at: &Path) -> Result<()> {
+    let server = authority.server()?;
+    let (signing, verifying) = certificates::signing_keys()?;
+    for (file, text) in [
+        ("ca.crt", authority.certificate()),
+        ("server.crt", &server.certificate),
+        ("server.key", &server.key),
+        ("service-accounts.key", &signing),
+        ("service-accounts.pub", &verifying),
+    ] {
+        fs::write(at.join(file), text)?;
+    }
+    Ok(())
+}
+
+/// A kubeconfig is YAML, of which JSON is a part.
+fn write_kubeconfig(
+    at: &Path,
+    name: &str,
+    url: &str,
+    authority: &Authority,
+    user: &serde_json::Value,
+) -> Result<PathBuf> {
+    let config = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "tests",
+        "clusters": [{"name": "tests", "cluster": {
+            "server": url, "certificate-authority-data": base64(authority.certificate()),
+        }}],
+        "users": [{"name": name, "user": user}],
+        "contexts": [{"name": "tests", "context": {"cluster": "tests", "user": name}}],
+    });
+    let path = at.join(format!("{name}.kubeconfig"));
+    fs::write(&path, serde_json::to_vec_pretty(&config)?).with_context(|| format!("writing {}", path.display()))?;
+    Ok(path)
+}
+
+/// Standard base64, through the encoder that Kubernetes's own types bring.
+fn base64(text: &str) -> serde_json::Value {
+    json!(k8s_openapi::ByteString(text.as_bytes().to_vec()))
+}
+
+/// Distinct free ports. All are held until all are known.
+pub fn free_ports<const N: usize>() -> Result<[u16; N]> {
+    let mut held = Vec::with_capacity(N);
+    for _ in 0..N {
+        held.push(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?);
+    }
+    let mut ports = [0; N];
+    for (port, listener) in ports.iter_mut().zip(&held) {
+        *port = listener.local_addr()?.port();
+    }
+    Ok(ports)
+}

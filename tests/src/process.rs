@@ -1,0 +1,126 @@
+//! A child process that never outlives its owner: stopped by its own pid on drop, also while a
+//! panic unwinds, and by the kernel if the test itself is killed. Its output goes to a file.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::wait::{self, Look};
+
+/// How long a process may take to leave after SIGTERM before it is killed.
+const GRACE: Duration = Duration::from_secs(10);
+/// How much of a log's end an error shows.
+const LOG_TAIL_BYTES: usize = 4096;
+
+/// A running child.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    log: PathBuf,
+    ended: Option<ExitStatus>,
+}
+
+impl Process {
+    /// Starts `program` with its output appended to `log`. `prepare` adds arguments and environment.
+    ///
+    /// `setpriv --pdeathsig` has the kernel end the child if the starting thread dies, so start
+    /// processes from a thread that lives as long as they should.
+    pub fn start(name: &str, program: &Path, log: &Path, prepare: impl FnOnce(&mut Command)) -> Result<Self> {
+        let output = File::options().create(true).append(true).open(log)?;
+        let mut command = Command::new("setpriv");
+        command.args([OsStr::new("--pdeathsig"), OsStr::new("KILL"), OsStr::new("--"), program.as_os_str()]);
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        prepare(&mut command);
+        let child = command.spawn().with_context(|| format!("starting {} through setpriv", program.display()))?;
+        Ok(Self { name: name.to_owned(), child, log: log.to_owned(), ended: None })
+    }
+
+    /// The process's id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// An error with the end of the log, if the process is no longer running.
+    pub fn check(&mut self) -> Result<()> {
+        if let Some(status) = self.poll()? {
+            anyhow::bail!("{} ended ({status}):\n{}", self.name, self.log_tail());
+        }
+        Ok(())
+    }
+
+    /// Sends a signal. A process that has already ended is no error.
+    pub fn signal(&self, signal: Signal) {
+        if self.ended.is_none()
+            && let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw)
+        {
+            let _ = kill_process(pid, signal);
+        }
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let what = format!("{} to end", self.name);
+        wait::until(&what, limit, || {
+            Ok(match self.poll()? {
+                Some(status) => Look::Holds(status),
+                None => Look::NotYet("still running".to_owned()),
+            })
+        })
+    }
+
+    /// SIGTERM, then SIGKILL after a grace period. Says how it ended.
+    pub fn stop(&mut self) -> Result<ExitStatus> {
+        if let Some(status) = self.poll()? {
+            return Ok(status);
+        }
+        self.signal(Signal::TERM);
+        if let Ok(status) = self.wait(GRACE) {
+            return Ok(status);
+        }
+        self.child.kill()?;
+        let status = self.child.wait()?;
+        self.ended = Some(status);
+        Ok(status)
+    }
+
+    /// All that the process wrote.
+    pub fn log(&self) -> String {
+        fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+
+    /// The end of what it wrote, for an error message.
+    pub fn log_tail(&self) -> String {
+        let log = self.log();
+        let mut from = log.len().saturating_sub(LOG_TAIL_BYTES);
+        while !log.is_char_boundary(from) {
+            from += 1;
+        }
+        log[from..].to_owned()
+    }
+
+    fn poll(&mut self) -> Result<Option<ExitStatus>> {
+        if self.ended.is_none() {
+            self.ended = self.child.try_wait()?;
+        }
+        Ok(self.ended)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        match self.stop() {
+            Ok(status) if status.signal() == Some(Signal::KILL.as_raw()) => {
+                eprintln!("{} did not end on SIGTERM and was killed", self.name);
+            }
+            Ok(_) => {}
+            Err(error) => eprintln!("stopping {}: {error}", self.name),
+        }
+    }
+}

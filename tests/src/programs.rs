@@ -1,0 +1,62 @@
+//! Where the programs under test and their data are. It finds them, and never builds.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+/// The repository's root.
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+}
+
+/// A program of this workspace (`overlay-daemon`, `overlay-operator`), built with the same profile
+/// and into the same target folder as the test that asks.
+pub fn built(name: &str) -> Result<PathBuf> {
+    let test = env::current_exe().context("the path of the running test")?;
+    // TARGET/debug/deps/control_plane-HASH -> TARGET/debug
+    let folder = test.ancestors().nth(2).context("a test binary lies two folders below the target folder")?;
+    let program = folder.join(name);
+    if !program.is_file() {
+        bail!(
+            "{} is not built: run `cargo build -p overlay-daemon -p overlay-operator --bins` first, as tests/run does",
+            program.display()
+        );
+    }
+    Ok(program)
+}
+
+/// The Kubernetes programs, found or built by `tests/kubernetes/build`.
+#[derive(Clone, Debug)]
+pub struct Kubernetes {
+    folder: PathBuf,
+}
+
+impl Kubernetes {
+    /// Asks the build script for the folder. With nothing cached this takes ten minutes.
+    pub fn find() -> Result<Self> {
+        let script = repository().join("tests/kubernetes/build");
+        let output = Command::new(&script)
+            .stderr(std::process::Stdio::inherit())
+            .output()
+            .with_context(|| format!("running {}", script.display()))?;
+        if !output.status.success() {
+            bail!("{} failed ({}): its messages are above", script.display(), output.status);
+        }
+        let folder = String::from_utf8(output.stdout)?.trim().into();
+        Ok(Self { folder })
+    }
+
+    /// One of them.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// `PATH` with these programs first.
+    pub fn path(&self) -> Result<OsString> {
+        let rest = env::var_os("PATH").unwrap_or_default();
+        Ok(env::join_paths(std::iter::once(self.folder.clone()).chain(env::split_paths(&rest)))?)
+    }
+}

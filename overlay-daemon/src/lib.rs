@@ -8,7 +8,15 @@ pub mod check;
 pub mod kms;
 pub mod transport;
 
+pub mod session;
+pub mod accept;
+pub mod dial;
+pub mod hub;
+pub mod readiness;
+
 pub mod metrics;
 pub mod admin;
+
+pub mod run;
 
 pub mod client;

@@ -1,1 +1,77 @@
-fn main(){}
+//! The program's command line: which part runs, and its exit code.
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use overlay_daemon::client;
+use overlay_daemon::run::{RunArgs, run};
+use overlay_daemon::check;
+use overlay_daemon::clock::Clock;
+
+/// Post-quantum sessions and bounded gossip: a node of the overlay, and its command-line client.
+#[derive(Debug, Parser)]
+#[command(name = "overlay-daemon", version, propagate_version = true, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant)] // parsed once a process
+enum Command {
+    /// Run a daemon until SIGTERM, which drains it; a second signal ends it at once
+    Run(RunArgs),
+    /// Check configuration files and print what they come to, secrets left out
+    Check(CheckArgs),
+    #[command(flatten)]
+    Client(client::Command),
+}
+
+#[derive(Debug, clap::Args)]
+struct CheckArgs {
+    /// The configuration: overlay.toml
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// A peers file too
+    #[arg(long, value_name = "FILE")]
+    peers: Option<PathBuf>,
+    /// Also read and check the certificates, keys and tokens that the configuration names
+    #[arg(long)]
+    files: bool,
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Run(args) => daemon(&args),
+        Command::Check(args) => check_files(&args),
+        Command::Client(command) => client::execute(command),
+    }
+}
+
+fn daemon(args: &RunArgs) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&format!("cannot start: {error}")),
+    };
+    match runtime.block_on(run(args)) {
+        Ok(code) => code,
+        Err(error) => fail(&format!("{error:#}")),
+    }
+}
+
+fn check_files(args: &CheckArgs) -> ExitCode {
+    let files_at_ms = args.files.then(|| Clock::start().unix_ms());
+    let request = check::Request { config: &args.config, peers: args.peers.as_deref(), files_at_ms };
+    match check::check(request, &mut io::stdout().lock(), &mut io::stderr().lock()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => fail(&format!("cannot write: {error}")),
+    }
+}
+
+fn fail(message: &str) -> ExitCode {
+    eprintln!("error: {message}");
+    ExitCode::FAILURE
+}

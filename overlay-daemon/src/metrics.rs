@@ -109,11 +109,7 @@ impl Metrics {
     ///
     /// # Errors
     /// A label's value is one that the exposition format has no place for.
-    pub fn new<'p>(
-        amnesia: bool,
-        peers: impl IntoIterator<Item = &'p str>,
-        config_hash: &str,
-    ) -> Result<Self, Error> {
+    pub fn new<'p>(amnesia: bool, peers: impl IntoIterator<Item = &'p str>, config_hash: &str) -> Result<Self, Error> {
         let amnesia = if amnesia { "on" } else { "off" };
         let registry = Registry::new_custom(None, Some([("amnesia".to_owned(), amnesia.to_owned())].into()))?;
         let r = &registry;
@@ -121,11 +117,15 @@ impl Metrics {
         info(r, "overlay_build_info", "The program that is running.", "version", env!("CARGO_PKG_VERSION"))?;
 
         let inflight = IntGaugeVec::new(
-            Opts::new("overlay_inflight", "Requests not yet answered, by peer; sessions of no configured peer are other."),
+            Opts::new(
+                "overlay_inflight",
+                "Requests not yet answered, by peer; sessions of no configured peer are other.",
+            ),
             &["peer"],
         )?;
         r.register(Box::new(inflight.clone()))?;
-        let peers = peers.into_iter().take(MAX_PEERS).map(|name| (name.to_owned(), inflight.with_label_values(&[name])));
+        let peers =
+            peers.into_iter().take(MAX_PEERS).map(|name| (name.to_owned(), inflight.with_label_values(&[name])));
 
         let rejected = counters(r, "overlay_rejected_total", "What was refused, by reason.", "reason")?;
         let gossip = counters(r, "overlay_gossip_frames_total", "Gossip frames, by direction.", "dir")?;
@@ -190,7 +190,6 @@ impl Metrics {
     }
 
     /// A session became active; `None` is the Unix socket. The guard's end is the session's.
-    #[must_use]
     pub fn session(&self, group: Option<KeyExchangeGroup>) -> ActiveSession {
         let active = group.map_or(&self.sessions_local, |group| &self.sessions[group as usize]).clone();
         self.session_open.inc();

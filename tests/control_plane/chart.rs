@@ -85,8 +85,8 @@ pub(crate) fn images_by_tag_and_digest(world: &World) -> Result<()> {
     let digest = format!("sha256:{}", "0123456789abcdef".repeat(4));
     for (values, expected) in [
         (String::new(), "ghcr.io/rustyonions/overlay-operator:0.1.0".to_owned()),
-        ("image.repository=r/o,image.tag=9".to_owned(), "r/o:9".to_owned()),
-        (format!("image.repository=r/o,image.tag=9,image.digest={digest}"), format!("r/o@{digest}")),
+        ("image.repository=r/o,image.tag=v9".to_owned(), "r/o:v9".to_owned()),
+        (format!("image.repository=r/o,image.tag=v9,image.digest={digest}"), format!("r/o@{digest}")),
     ] {
         let text = helm_template(&world.plane, &["--show-only", "templates/deployment.yaml", "--set", &values])?;
         let deployment = to_json(world, &text)?;
@@ -122,11 +122,13 @@ pub(crate) fn rbac_grants_the_least(world: &World) -> Result<()> {
         ("create", "pods", "no"),
         ("delete", "statefulsets.apps", "no"),
         ("create", "clusterrolebindings.rbac.authorization.k8s.io", "no"),
-        ("create", "serviceaccounts/token", "no"),
-        ("create", "pods/exec", "no"),
+        ("create", "serviceaccounts --subresource=token", "no"),
+        ("create", "pods --subresource=exec", "no"),
         ("get", "nodes", "no"),
     ] {
-        let outcome = operator.identity().try_run(&["auth", "can-i", verb, resource, "--all-namespaces"], None)?;
+        let mut question = vec!["auth", "can-i", "--all-namespaces", verb];
+        question.extend(resource.split(' '));
+        let outcome = operator.identity().try_run(&question, None)?;
         assert_eq!(outcome.stdout.trim(), allowed, "{verb} {resource}: {}", outcome.stderr);
     }
     Ok(())

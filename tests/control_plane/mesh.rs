@@ -220,7 +220,16 @@ pub(crate) fn second_reconcile_writes_nothing(world: &World) -> Result<()> {
     let operator = world.operator.borrow();
     let writes = quiet_writes(world)?;
     let reconciles = operator.metric("overlay_operator_reconciles_total")?;
-    world.admin().run(&["label", "-n", NAMESPACE, "overlaynode", &name, "touched=yes", "--overwrite"])?;
+    // A note of somebody else's on a child has the operator look at all of it again.
+    world.admin().run(&[
+        "annotate",
+        "-n",
+        NAMESPACE,
+        "statefulset",
+        &name,
+        "example.com/touched=yes",
+        "--overwrite",
+    ])?;
     let before = world.versions(NAMESPACE, &name)?;
     wait::until_true("another reconcile", LIMIT, || {
         Ok(operator.metric("overlay_operator_reconciles_total")? > reconciles)

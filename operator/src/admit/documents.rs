@@ -30,9 +30,9 @@ pub fn documents(text: &str, source: &str) -> Result<Vec<Admitted>, Vec<Manifest
 }
 
 fn document(part: &Part<'_>, source: &str, number: usize) -> Result<Admitted, Vec<ManifestError>> {
-    let read = part.read().map_err(|e| {
-        vec![error(source, number, e.line, Finding { field: String::new(), message: e.message })]
-    })?;
+    let read = part
+        .read()
+        .map_err(|e| vec![error(source, number, e.line, Finding { field: String::new(), message: e.message })])?;
     let located = |finding: Finding| {
         let line = nearest(&finding.field, |path| read.lines.get(path).copied()).or(Some(part.first));
         error(source, number, line, finding)
@@ -60,7 +60,10 @@ fn identify(mut value: Value) -> Result<Value, Finding> {
                 return finding(field, format!("version {found:?} is not known, it is {wanted}"));
             }
             Some(found) => {
-                return finding(field, format!("must be {wanted}, not {found:?}: only {KIND} resources can be used here"));
+                return finding(
+                    field,
+                    format!("must be {wanted}, not {found:?}: only {KIND} resources can be used here"),
+                );
             }
             None => return finding(field, format!("is required: {wanted}")),
         }

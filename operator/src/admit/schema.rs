@@ -23,20 +23,26 @@ struct Schema {
     /// As the CRD has it: defaults and rules.
     crd: Value,
     /// With what strict validation adds.
+    document: Value,
+    /// The same, compiled.
     strict: Validator,
 }
 
 /// `None` would mean that the CRD is not a schema, which a test rules out.
 static SCHEMA: LazyLock<Option<Schema>> = LazyLock::new(|| {
-    let version = api::crd().spec.versions.into_iter().next()?;
-    let crd = serde_json::to_value(version.schema?.open_api_v3_schema?).ok()?;
+    let mut definition = api::crd_json().ok()?;
+    let crd = definition.pointer_mut("/spec/versions/0/schema/openAPIV3Schema")?.take();
     let mut strict = crd.clone();
-    harden(&mut strict);
-    let root = strict.as_object_mut()?;
-    let properties = root.get_mut("properties")?.as_object_mut()?;
+    let properties = strict.get_mut("properties")?.as_object_mut()?;
+    // What the server itself fills in, and answers.
+    properties.remove("status");
     properties.insert("metadata".into(), object_meta());
-    root.insert("required".into(), json!(["apiVersion", "kind", "metadata", "spec"]));
-    Some(Schema { strict: jsonschema::draft202012::new(&strict).ok()?, crd })
+    for name in ["apiVersion", "kind"] {
+        properties.insert(name.into(), json!({ "type": "string" }));
+    }
+    strict.as_object_mut()?.insert("required".into(), json!(["apiVersion", "kind", "metadata", "spec"]));
+    harden(&mut strict);
+    Some(Schema { strict: jsonschema::draft202012::new(&strict).ok()?, document: strict, crd })
 });
 
 /// The object with its defaults, or everything that is wrong with it.
@@ -44,7 +50,7 @@ pub(super) fn check(object: Value) -> Result<Value, Vec<Finding>> {
     let Some(schema) = SCHEMA.as_ref() else {
         return Err(vec![Finding { field: String::new(), message: "the CRD's schema is damaged".into() }]);
     };
-    let object = cel::apply_defaults(&schema.crd, &without_nulls(object, &schema.crd));
+    let object = cel::apply_defaults(&schema.crd, &without_nulls(object, &schema.document));
     let mut findings = Vec::new();
     let mut blocked = false;
     for error in schema.strict.iter_errors(&object) {
@@ -52,7 +58,7 @@ pub(super) fn check(object: Value) -> Result<Value, Vec<Finding>> {
             error.kind(),
             Kind::Minimum { .. } | Kind::Maximum { .. } | Kind::Pattern { .. } | Kind::AdditionalProperties { .. }
         );
-        describe(&error, &schema.crd, &mut findings);
+        describe(&error, &schema.document, &mut findings);
     }
     // As an API server does: rules are not asked about values of the wrong shape.
     if !blocked && let Err(errors) = cel::Validator::new().validate(&schema.crd, &object, None) {
@@ -77,17 +83,17 @@ fn rule(error: cel::ValidationError) -> Finding {
     Finding { field: error.field_path, message: error.message }
 }
 
-/// No field is nullable: one that is null is as if left out. Elements of lists and values of
-/// maps are no fields.
+/// Nothing is nullable: a field or an entry that is null is as if left out. Elements of lists
+/// cannot be left out, and what no schema knows is refused later.
 fn without_nulls(value: Value, schema: &Value) -> Value {
     match value {
         Value::Object(map) => {
-            let property = |key: &str| schema.get("properties").and_then(|p| p.get(key));
-            let kept = map.into_iter().filter(|(key, value)| !(value.is_null() && property(key).is_some()));
-            let inner = |key: &str| property(key).or_else(|| schema.get("additionalProperties")).unwrap_or(&Value::Null);
+            let entry = schema.get("additionalProperties").filter(|s| s.is_object());
+            let inner = |key: &str| schema.get("properties").and_then(|p| p.get(key)).or(entry);
+            let kept = map.into_iter().filter(|(key, value)| !(value.is_null() && inner(key).is_some()));
             Value::Object(
                 kept.map(|(key, value)| {
-                    let value = without_nulls(value, inner(&key));
+                    let value = without_nulls(value, inner(&key).unwrap_or(&Value::Null));
                     (key, value)
                 })
                 .collect(),
@@ -111,7 +117,7 @@ fn harden(schema: &mut Value) {
     if map.get("x-kubernetes-list-type").and_then(Value::as_str) == Some("set") {
         map.insert("uniqueItems".into(), true.into());
     }
-    for properties in map.get_mut("properties").and_then(Value::as_object_mut) {
+    if let Some(properties) = map.get_mut("properties").and_then(Value::as_object_mut) {
         properties.values_mut().for_each(harden);
     }
     for key in ["items", "additionalProperties"] {
@@ -155,10 +161,10 @@ fn object_meta() -> Value {
     })
 }
 
-fn describe(error: &ValidationError<'_>, crd: &Value, out: &mut Vec<Finding>) {
+fn describe(error: &ValidationError<'_>, strict: &Value, out: &mut Vec<Finding>) {
     let field = field(error.instance_path().as_str());
     if let Kind::AdditionalProperties { unexpected } = error.kind() {
-        let known = known_fields(crd, error.instance_path().as_str());
+        let known = known_fields(strict, error.instance_path().as_str());
         out.extend(unexpected.iter().map(|name| Finding {
             field: child(&field, name),
             message: format!("unknown field{}", suggestion(name, &known)),
@@ -182,7 +188,9 @@ fn describe(error: &ValidationError<'_>, crd: &Value, out: &mut Vec<Finding>) {
         Kind::MaxLength { limit } => (field, format!("must have at most {limit} characters")),
         Kind::UniqueItems => (field, "must not name the same element twice".into()),
         Kind::Pattern { pattern } => (field, format!("{} does not match {pattern}", shown(value))),
-        Kind::PropertyNames { error } => (field, format!("the key {} is not a qualified name", shown(error.instance()))),
+        Kind::PropertyNames { error } => {
+            (field, format!("the key {} is not a qualified name", shown(error.instance())))
+        }
         _ => (field, error.to_string()),
     };
     out.push(Finding { field, message });
@@ -209,8 +217,8 @@ fn child(parent: &str, name: &str) -> String {
     if parent.is_empty() { name.to_owned() } else { format!("{parent}.{name}") }
 }
 
-fn known_fields(crd: &Value, pointer: &str) -> Vec<String> {
-    let mut at = crd.clone();
+fn known_fields(schema: &Value, pointer: &str) -> Vec<String> {
+    let mut at = schema.clone();
     for segment in segments(pointer) {
         let next = at.pointer_mut("/properties").and_then(|p| p.get_mut(&segment)).map(Value::take);
         at = next.or_else(|| at.get_mut("items").map(Value::take)).unwrap_or_default();

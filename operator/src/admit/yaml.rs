@@ -95,7 +95,8 @@ impl Part<'_> {
     fn tab(&self, stopped: Option<usize>) -> Option<usize> {
         let indented = |line: &str| line.trim_start_matches(' ').starts_with('\t');
         let index = self.text.lines().position(indented)?;
-        Some(self.first + index).filter(|line| stopped.is_none_or(|stop| *line <= stop))
+        // The parser may stop at the line before, where it looked for more of a value.
+        Some(self.first + index).filter(|line| stopped.is_none_or(|stop| *line <= stop + 1))
     }
 
     fn lower(&self, node: Node, path: &str, lines: &mut BTreeMap<String, usize>) -> Value {
@@ -133,7 +134,10 @@ fn reason(error: &serde_yaml::Error) -> String {
     let text = error.without_snippet().to_string();
     let line = text.lines().next().unwrap_or_default();
     let line = line.split_once(" at line ").map_or(line, |(message, _)| message);
-    format!("not YAML: {}", line.trim_end_matches(':'))
+    match line.strip_prefix("duplicate mapping key: ") {
+        Some(key) => format!("{} stands here a second time", key.split(',').next().unwrap_or(key)),
+        None => format!("not YAML: {}", line.trim_end_matches(':')),
+    }
 }
 
 enum Node {

@@ -1,8 +1,14 @@
 //! The CustomResourceDefinition, as it is committed and installed.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSONSchemaProps};
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{JSONSchemaPropsOrArray, JSONSchemaPropsOrBool};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
+};
 use kube::CustomResourceExt;
+
+use serde_json::{Number, Value};
 
 use super::OverlayNode;
 
@@ -24,17 +30,60 @@ pub fn crd() -> CustomResourceDefinition {
     crd
 }
 
+/// The definition as JSON, in one form however it was built: keys in order, whole bounds
+/// without a fraction.
+///
+/// # Errors
+/// None in practice: every member has a JSON form.
+pub fn crd_json() -> Result<Value, serde_json::Error> {
+    serde_json::to_value(crd()).map(canonical)
+}
+
 /// The definition as the committed file has it.
 ///
 /// # Errors
-/// None in practice: every member has a YAML form.
-pub fn crd_yaml() -> Result<String, serde_yaml::ser::Error> {
-    Ok(format!("{HEADER}{}", serde_yaml::to_string(&crd())?))
+/// As [`crd_json`].
+pub fn crd_yaml() -> Result<String, CrdError> {
+    Ok(format!("{HEADER}{}", serde_yaml::to_string(&crd_json()?)?))
+}
+
+/// Why the definition could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum CrdError {
+    /// As JSON.
+    #[error("the CRD has no JSON form: {0}")]
+    Json(#[from] serde_json::Error),
+    /// As YAML.
+    #[error("the CRD has no YAML form: {0}")]
+    Yaml(#[from] serde_yaml::ser::Error),
+}
+
+fn canonical(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let sorted: BTreeMap<_, _> = map.into_iter().map(|(key, value)| (key, canonical(value))).collect();
+            Value::Object(sorted.into_iter().collect())
+        }
+        Value::Array(items) => Value::Array(items.into_iter().map(canonical).collect()),
+        Value::Number(n) => Value::Number(whole(&n).map_or(n, Into::into)),
+        other => other,
+    }
+}
+
+/// The whole number that a float stands for; bounds are floats to the types of the API.
+fn whole(n: &Number) -> Option<i64> {
+    if !n.is_f64() {
+        return None;
+    }
+    n.to_string().strip_suffix(".0")?.parse().ok()
 }
 
 fn normalise(schema: &mut JSONSchemaProps) {
     schema.nullable = None;
     schema.title = None;
+    if let Some(values) = &mut schema.enum_ {
+        values.retain(|value| !value.0.is_null());
+    }
     if let Some(format) = schema.format.as_deref()
         && format.starts_with("uint")
     {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// Longest text of a duration.
 const MAX_TEXT: usize = 24;
 /// The part of Go's syntax that a manifest may use: no sign, nothing finer than a millisecond.
-const PATTERN: &str = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$";
+const PATTERN: &str = "^([0-9]+([.][0-9]+)?(ms|s|m|h))+$";
 /// Largest value that is kept; every field's bound lies far below.
 const MAX: time::Duration = time::Duration::from_secs(100 * 365 * 24 * 3600);
 
@@ -102,7 +102,9 @@ impl fmt::Display for Duration {
         if ms == 0 {
             return f.write_str("0s");
         }
-        for (unit, count) in [("h", ms / 3_600_000), ("m", ms / 60_000 % 60), ("s", ms / 1_000 % 60), ("ms", ms % 1_000)] {
+        for (unit, count) in
+            [("h", ms / 3_600_000), ("m", ms / 60_000 % 60), ("s", ms / 1_000 % 60), ("ms", ms % 1_000)]
+        {
             if count > 0 {
                 write!(f, "{count}{unit}")?;
             }
@@ -132,7 +134,7 @@ impl JsonSchema for Duration {
         "Duration".into()
     }
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": "string", "maxLength": MAX_TEXT, "pattern": PATTERN })
+        json_schema!({ "type": "string", "maxLength": MAX_TEXT })
     }
 }
 
@@ -143,8 +145,10 @@ pub(super) fn within<const MIN: u64, const MAX: u64>(generator: &mut SchemaGener
     schema.insert(
         "x-kubernetes-validations".into(),
         serde_json::json!([{
-            "rule": format!("duration(self) >= duration('{low}') && duration(self) <= duration('{high}')"),
-            "message": format!("must be a duration from {low} to {high}"),
+            "rule": format!(
+                "self.matches('{PATTERN}') && duration(self) >= duration('{low}') && duration(self) <= duration('{high}')"
+            ),
+            "message": format!("must be a duration from {low} to {high}, such as 500ms, 10s or 1m30s"),
         }]),
     );
     schema
@@ -170,7 +174,9 @@ mod tests {
             let duration: Duration = text.parse().unwrap();
             assert_eq!((duration.as_millis(), duration.to_string().as_str()), (ms, shown), "{text}");
         }
-        for bad in ["", "0", "5", "s", "5 s", "-5s", "+5s", "5us", "5S", "5.s", ".5s", "1..5s", "5s3", "99999999999999999999h"] {
+        for bad in
+            ["", "0", "5", "s", "5 s", "-5s", "+5s", "5us", "5S", "5.s", ".5s", "1..5s", "5s3", "99999999999999999999h"]
+        {
             assert_eq!(bad.parse::<Duration>(), Err(DurationError), "{bad}");
         }
     }

@@ -21,7 +21,7 @@ use overlay_core::identity::TenantId;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-pub use crd::{crd, crd_yaml};
+pub use crd::{CrdError, crd, crd_json, crd_yaml};
 pub use duration::{Duration, DurationError};
 pub use gossip::{Dedupe, Gossip};
 pub use pod::{Image, PullPolicy, Quantity, Resources, SecretName};
@@ -38,7 +38,7 @@ pub const API_VERSION: &str = "overlay.rustyonions.io/v1alpha1";
 /// `kind` of a manifest.
 pub const KIND: &str = "OverlayNode";
 
-/// A mesh of overlay daemons.
+/// What a mesh of overlay daemons should be.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
     group = "overlay.rustyonions.io",
@@ -416,11 +416,15 @@ fn port(_: &mut SchemaGenerator) -> Schema {
 }
 
 fn tenants(_: &mut SchemaGenerator) -> Schema {
+    let id = "^(0|[0-9A-Fa-f]{32}|[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}|[0-7][0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{25})$";
     json_schema!({
         "type": "array", "minItems": 1, "maxItems": 64, "x-kubernetes-list-type": "set",
         "items": {
             "type": "string", "maxLength": 36,
-            "pattern": "^(0|[0-9A-Fa-f]{32}|[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}|[0-7][0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{25})$",
+            "x-kubernetes-validations": [{
+                "rule": format!("self.matches('{id}')"),
+                "message": "must be 0, a UUID, a ULID or 32 hexadecimal digits",
+            }],
         },
     })
 }

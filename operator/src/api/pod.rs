@@ -14,7 +14,10 @@ use serde::{Deserialize, Deserializer, Serialize};
 pub struct Image {
     /// Registry and repository, without a tag.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(max = 255), regex(pattern = r"^([a-zA-Z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*$"))]
+    #[schemars(
+        length(max = 255),
+        regex(pattern = r"^([a-zA-Z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*$")
+    )]
     pub repository: Option<String>,
     /// A tag of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -76,7 +79,8 @@ impl Resources {
     #[must_use]
     pub fn to_container(&self) -> core::ResourceRequirements {
         let map = |of: &BTreeMap<String, Quantity>| {
-            (!of.is_empty()).then(|| of.iter().map(|(name, q)| (name.clone(), resource::Quantity(q.0.clone()))).collect())
+            (!of.is_empty())
+                .then(|| of.iter().map(|(name, q)| (name.clone(), resource::Quantity(q.0.clone()))).collect())
         };
         core::ResourceRequirements { limits: map(&self.limits), requests: map(&self.requests), ..Default::default() }
     }

@@ -4,8 +4,8 @@
 use overlay_core::config::{self, DaemonConfig, FORMAT, Peer, PeersConfig};
 use overlay_core::identity::SpiffeId;
 
-use super::placement::{PEER_TOKEN, Placement, TLS_CA, TLS_CERTIFICATE, TLS_KEY, TOKEN_KEYS};
 use super::names;
+use super::placement::{PEER_TOKEN, Placement, TLS_CA, TLS_CERTIFICATE, TLS_KEY, TOKEN_KEYS};
 use crate::api::{Effective, EffectiveLimits, KeyExchange, LogFormat, LogLevel, OverlayNode, Profile};
 
 /// Pods that a rolling change takes away at once.

@@ -30,7 +30,9 @@ pub fn labels(name: &str) -> BTreeMap<String, String> {
 /// The labels that its pods are selected by; they can never change.
 #[must_use]
 pub fn selector(name: &str) -> BTreeMap<String, String> {
-    [("app.kubernetes.io/name", "overlay-daemon"), (NAME, name)].map(|(key, value)| (key.to_owned(), value.to_owned())).into()
+    [("app.kubernetes.io/name", "overlay-daemon"), (NAME, name)]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into()
 }
 
 /// [`selector`] as `kubectl -l` takes it.

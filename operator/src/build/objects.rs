@@ -73,7 +73,9 @@ pub struct Objects {
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// Too much configuration for a ConfigMap.
-    #[error("the configuration of {replicas} replicas takes {bytes} bytes, and at most {MAX_CONFIG} fit: lower spec.replicas")]
+    #[error(
+        "the configuration of {replicas} replicas takes {bytes} bytes, and at most {MAX_CONFIG} fit: lower spec.replicas"
+    )]
     ConfigTooLarge {
         /// How many peers files there are.
         replicas: usize,
@@ -139,7 +141,12 @@ pub(super) fn metadata(node: &OverlayNode, name: String) -> ObjectMeta {
     }
 }
 
-fn secret<'a>(node: &OverlayNode, name: String, kind: &str, data: impl IntoIterator<Item = (&'a str, &'a Vec<u8>)>) -> Secret {
+fn secret<'a>(
+    node: &OverlayNode,
+    name: String,
+    kind: &str,
+    data: impl IntoIterator<Item = (&'a str, &'a Vec<u8>)>,
+) -> Secret {
     Secret {
         metadata: metadata(node, name),
         type_: Some(kind.to_owned()),

@@ -35,7 +35,10 @@ pub(super) fn stateful_set(inputs: &Inputs<'_>, hash: &str) -> StatefulSet {
             service_name: Some(names::peers_service(node)),
             // Daemons wait for one another to be ready, so none may wait for another to be started.
             pod_management_policy: Some("Parallel".to_owned()),
-            update_strategy: Some(StatefulSetUpdateStrategy { type_: Some("RollingUpdate".to_owned()), rolling_update: None }),
+            update_strategy: Some(StatefulSetUpdateStrategy {
+                type_: Some("RollingUpdate".to_owned()),
+                rolling_update: None,
+            }),
             selector: LabelSelector { match_labels: Some(selector(name)), ..Default::default() },
             template: PodTemplateSpec {
                 metadata: Some(ObjectMeta {

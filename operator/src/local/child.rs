@@ -75,7 +75,7 @@ pub(super) async fn run(start: Start, mut orders: watch::Receiver<Order>, lines:
         }
     };
     if let Some(Err(error)) = child.id().map(|pid| runtime_dir::record_process(&start.folder, pid)) {
-        tracing::debug!(%error, "the process is not written down");
+        let _ = lines.try_send(Line { daemon, text: format!("its process is not written down: {error}") });
     }
     let mut output = Output {
         daemon,
@@ -126,9 +126,8 @@ async fn attend(
 /// A child that is not waited for yet keeps its number, so this reaches no other process.
 fn signal(child: &Child, signal: Signal) {
     let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
-    if let Some(Err(error)) = pid.map(|pid| kill_process(pid, signal)) {
-        tracing::debug!(%error, "a daemon cannot be signalled");
-    }
+    // It has ended meanwhile, which its exit tells.
+    let _ = pid.map(|pid| kill_process(pid, signal));
 }
 
 fn explain(status: ExitStatus) -> String {

@@ -82,10 +82,14 @@ fn is_program(path: &Path) -> bool {
 mod tests {
     use super::*;
 
+    /// Case, folder of this program, variable, programs that are there, and what is found.
+    type Row = (&'static str, Option<&'static str>, Option<&'static str>, &'static [&'static str], Found);
+    type Found = Result<&'static str, &'static str>;
+
     #[test]
     fn the_first_place_that_has_it() {
         let beside = Some("/opt/overlay/bin");
-        let table: [(&str, Option<&str>, Option<&str>, &[&str], Result<&str, &str>); 8] = [
+        let table: [Row; 8] = [
             (
                 "beside wins",
                 beside,

@@ -124,6 +124,9 @@ async fn run_inner(args: &Args) -> Result<Outcome, LocalError> {
     let taken: Vec<_> =
         nodes.iter().map(|node| (names::namespace(node).to_owned(), names::name(node).to_owned())).collect();
     let mut dir = RuntimeDir::take(&root, &taken, uid)?;
+    for folder in dir.ended() {
+        eprintln!("ended a daemon that a killed run had left running in {}", folder.display());
+    }
     credentials::write(&mut dir, &nodes, &daemons, SystemTime::now())?;
 
     let output = Output::new(form(args.output), args.quiet, io::stdout(), io::stderr());

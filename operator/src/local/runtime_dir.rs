@@ -88,6 +88,7 @@ pub(super) struct RuntimeDir {
     root: PathBuf,
     locks: Vec<(PathBuf, File)>,
     folders: Vec<PathBuf>,
+    ended: Vec<PathBuf>,
 }
 
 impl RuntimeDir {
@@ -97,9 +98,9 @@ impl RuntimeDir {
     /// The folder is not ours alone, or another run has one of them.
     pub(super) fn take(root: &Path, nodes: &[(String, String)], uid: u32) -> Result<Self, RuntimeDirError> {
         // Dropped after the lock, which giving up what was taken needs too.
-        let mut dir = Self { root: root.to_owned(), locks: Vec::new(), folders: Vec::new() };
+        let mut dir = Self { root: root.to_owned(), locks: Vec::new(), folders: Vec::new(), ended: Vec::new() };
         let _changing = lock_root(root, uid)?;
-        clear_abandoned(root)?;
+        dir.ended = clear_abandoned(root)?;
         for (namespace, name) in nodes {
             let path = root.join(format!("{namespace}.{name}.lock"));
             match try_lock(&path).map_err(wrong(&path, "cannot be locked"))? {
@@ -114,6 +115,11 @@ impl RuntimeDir {
             }
         }
         Ok(dir)
+    }
+
+    /// The folders of daemons that killed runs had left running, and that were ended.
+    pub(super) fn ended(&self) -> &[PathBuf] {
+        &self.ended
     }
 
     /// Where a daemon's files are.
@@ -140,7 +146,8 @@ impl RuntimeDir {
             return Ok(());
         }
         let _changing = lock_existing(&self.root)?;
-        for folder in self.folders.drain(..) {
+        // The last first: one may lie in another.
+        while let Some(folder) = self.folders.pop() {
             fs::remove_dir_all(&folder).map_err(wrong(&folder, "cannot be removed"))?;
         }
         for (path, held) in self.locks.drain(..) {
@@ -163,7 +170,7 @@ impl RuntimeDir {
 impl Drop for RuntimeDir {
     fn drop(&mut self) {
         if let Err(error) = self.remove() {
-            tracing::warn!(%error, "the runtime folder is not removed");
+            eprintln!("error: the runtime folder is not removed: {error}");
         }
     }
 }
@@ -229,8 +236,10 @@ fn try_lock(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Ends the daemons of runs that were killed, and removes their folders.
-fn clear_abandoned(root: &Path) -> Result<(), RuntimeDirError> {
+/// Ends the daemons of runs that were killed, and removes their folders. Those that were
+/// still running.
+fn clear_abandoned(root: &Path) -> Result<Vec<PathBuf>, RuntimeDirError> {
+    let mut ended = Vec::new();
     let unreadable = |error| wrong(root, "cannot be read")(error);
     let entries: Vec<_> = fs::read_dir(root).map_err(unreadable)?.collect::<Result<_, _>>().map_err(unreadable)?;
     let names: Vec<String> = entries.iter().filter_map(|e| e.file_name().into_string().ok()).collect();
@@ -240,14 +249,14 @@ fn clear_abandoned(root: &Path) -> Result<(), RuntimeDirError> {
         for folder in names.iter().filter(|name| is_daemon_of(name, node)) {
             let folder = root.join(folder);
             let left = Identity::load(&folder.join(PROCESS)).and_then(|process| process.end());
-            if let Ok(true) = left {
-                tracing::info!(folder = %folder.display(), "ended a daemon that a killed run had left");
-            }
             fs::remove_dir_all(&folder).map_err(wrong(&folder, "cannot be removed"))?;
+            if matches!(left, Ok(true)) {
+                ended.push(folder);
+            }
         }
         fs::remove_file(&lock).map_err(wrong(&lock, "cannot be removed"))?;
     }
-    Ok(())
+    Ok(ended)
 }
 
 /// Whether a folder is `NODE-ORDINAL`.

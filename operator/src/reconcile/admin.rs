@@ -1,8 +1,8 @@
 //! The operator's HTTP: `/metrics`, `/healthz`, `/readyz`, `/version`, nothing else. Decides
 //! what ready means for the operator; reports, and changes nothing.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::extract::State;
@@ -117,16 +117,21 @@ pub(super) fn router(shown: Shown) -> Router {
         .route("/metrics", get(metrics))
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(readyz))
-        .route("/version", get(async || Json(json!({"name": "overlay-operator", "version": env!("CARGO_PKG_VERSION")}))))
+        .route(
+            "/version",
+            get(async || Json(json!({"name": "overlay-operator", "version": env!("CARGO_PKG_VERSION")}))),
+        )
         .with_state(shown)
 }
 
 async fn metrics(State(shown): State<Shown>) -> impl IntoResponse {
     match shown.metrics.encode() {
         Ok(text) => (StatusCode::OK, [(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text),
-        Err(error) => {
-            (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain; charset=utf-8")], error.to_string())
-        }
+        Err(error) => (
+            StatusCode::INTERNAL_SERVER_ERROR,
+            [(header::CONTENT_TYPE, "text/plain; charset=utf-8")],
+            error.to_string(),
+        ),
     }
 }
 

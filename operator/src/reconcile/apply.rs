@@ -17,7 +17,12 @@ use crate::build::{labels, names};
 ///
 /// # Errors
 /// The API server refuses it, or cannot be reached.
-pub(super) async fn object(client: &Client, metrics: &Metrics, namespace: &str, wanted: &Wanted) -> Result<Value, kube::Error> {
+pub(super) async fn object(
+    client: &Client,
+    metrics: &Metrics,
+    namespace: &str,
+    wanted: &Wanted,
+) -> Result<Value, kube::Error> {
     let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, &resource(wanted.kind));
     metrics.wrote(WriteKind::Object(wanted.kind));
     let object = api.patch(&wanted.name, &params(), &Patch::Apply(&wanted.object)).await?;
@@ -50,7 +55,12 @@ pub(super) async fn status(
 ///
 /// # Errors
 /// As [`object`].
-pub(super) async fn create_secret(client: &Client, metrics: &Metrics, namespace: &str, secret: &Secret) -> Result<bool, kube::Error> {
+pub(super) async fn create_secret(
+    client: &Client,
+    metrics: &Metrics,
+    namespace: &str,
+    secret: &Secret,
+) -> Result<bool, kube::Error> {
     let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
     metrics.wrote(WriteKind::Object(Kind::Secret));
     let params = PostParams { field_manager: Some(labels::OPERATOR.to_owned()), ..Default::default() };

@@ -96,7 +96,10 @@ pub(super) async fn live(client: &Client, namespace: &str, wanted: &Wanted) -> R
 /// As [`live`].
 pub(super) async fn get<K>(client: &Client, namespace: &str, name: &str) -> Result<Option<K>, kube::Error>
 where
-    K: Resource<DynamicType = (), Scope = kube::core::NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug,
+    K: Resource<DynamicType = (), Scope = kube::core::NamespaceResourceScope>
+        + Clone
+        + DeserializeOwned
+        + std::fmt::Debug,
 {
     Api::<K>::namespaced(client.clone(), namespace).get_opt(name).await
 }

@@ -58,7 +58,8 @@ impl Store {
             match (ca, root) {
                 (Some(ca), Some(root)) => {
                     let installation = Arc::new(self.parse(&ca, &root)?);
-                    *self.loaded.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), installation.clone()));
+                    *self.loaded.lock().unwrap_or_else(PoisonError::into_inner) =
+                        Some((Instant::now(), installation.clone()));
                     return Ok(installation);
                 }
                 (None, _) if in_use => return Err(self.missing(names::CA_SECRET)),
@@ -66,7 +67,12 @@ impl Store {
                 (ca, root) => self.make(ca.is_none(), root.is_none()).await?,
             }
         }
-        let message = format!("Secrets {} and {} come and go in namespace {}", names::CA_SECRET, names::TOKEN_ROOT_SECRET, self.namespace);
+        let message = format!(
+            "Secrets {} and {} come and go in namespace {}",
+            names::CA_SECRET,
+            names::TOKEN_ROOT_SECRET,
+            self.namespace
+        );
         Err(Problem { reason: Reason::ApplyFailed, message })
     }
 
@@ -130,7 +136,8 @@ impl Store {
     }
 
     fn refused(&self, verb: &str, name: &str, error: &kube::Error) -> Problem {
-        let message = format!("cannot {verb} Secret {name} in namespace {}: {}", self.namespace, super::node::explain(error));
+        let message =
+            format!("cannot {verb} Secret {name} in namespace {}: {}", self.namespace, super::node::explain(error));
         Problem { reason: Reason::ApplyFailed, message }
     }
 }

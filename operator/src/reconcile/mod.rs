@@ -200,7 +200,8 @@ pub async fn run(args: Args) -> Result<(), RunError> {
 
 /// Standard error, so that standard output stays for what is printed on request.
 fn log_to_stderr(args: &Args) {
-    let builder = tracing_subscriber::fmt().with_env_filter(EnvFilter::new(&args.log_level.0)).with_writer(std::io::stderr);
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(EnvFilter::new(&args.log_level.0)).with_writer(std::io::stderr);
     let builder = builder.with_ansi(std::io::stderr().is_terminal());
     let set = match args.log_format {
         LogFormat::Json => builder.json().flatten_event(true).try_init(),

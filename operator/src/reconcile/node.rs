@@ -13,13 +13,13 @@ use overlay_core::identity::SpiffeId;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::apply;
 use super::credentials::{self, Certificate, Current, Standing, Subject, Tokens};
 use super::dereference::{self, Caches};
 use super::installation::{self, TO_COMPARE, TO_ISSUE};
 use super::metrics::Metrics;
 use super::plan::{self, Kind, Obstacle, Owner, Wanted};
 use super::status::{self, Built, Facts, Pods, Problem, Reason};
-use super::apply;
 use crate::api::{OverlayNode, OverlayNodeStatus, TlsSource, TlsStatus};
 use crate::build::{self, BuildError, Inputs, Objects, Placement, labels, names};
 
@@ -133,7 +133,9 @@ async fn credentials_for(
 ) -> Result<(Certificate, Tokens), Problem> {
     let subject = Subject { id: &valid.identity, tenants: &valid.config.overlay.tenants };
     let keys = context.installation.load(&context.caches, TO_COMPARE).await?;
-    if let Current { certificate: Some(certificate), tokens: Some(tokens) } = credentials::current(standing, &keys, subject, now) {
+    if let Current { certificate: Some(certificate), tokens: Some(tokens) } =
+        credentials::current(standing, &keys, subject, now)
+    {
         return Ok((certificate, tokens));
     }
     let keys = context.installation.load(&context.caches, TO_ISSUE).await?;
@@ -237,12 +239,18 @@ fn note_pods(node: &OverlayNode, wanted: &Wanted, live: Option<&Value>, progress
 
 /// Somebody else's StatefulSet of our name says nothing about our pods.
 fn pods(node: &OverlayNode, set: &StatefulSet) -> Pods {
-    let ours = set.owner_references().iter().any(|r| r.controller == Some(true) && Some(&r.uid) == node.metadata.uid.as_ref());
+    let ours =
+        set.owner_references().iter().any(|r| r.controller == Some(true) && Some(&r.uid) == node.metadata.uid.as_ref());
     if ours { Pods::of(set) } else { Pods::default() }
 }
 
 /// Writes the status if it differs from what the API server has.
-async fn report(context: &Context, node: &OverlayNode, progress: Progress, problem: Option<Problem>) -> Result<(), kube::Error> {
+async fn report(
+    context: &Context,
+    node: &OverlayNode,
+    progress: Progress,
+    problem: Option<Problem>,
+) -> Result<(), kube::Error> {
     let mut facts = Facts {
         previous: node.status.as_ref(),
         generation: node.metadata.generation,
@@ -255,7 +263,9 @@ async fn report(context: &Context, node: &OverlayNode, progress: Progress, probl
     if node.status.as_ref() == Some(&status::status(&facts)) {
         return Ok(());
     }
-    let Some(live) = dereference::get::<OverlayNode>(&context.client, names::namespace(node), names::name(node)).await? else {
+    let Some(live) =
+        dereference::get::<OverlayNode>(&context.client, names::namespace(node), names::name(node)).await?
+    else {
         return Ok(());
     };
     // Another generation, or another object of that name, has a reconciliation of its own coming.
@@ -285,7 +295,10 @@ fn unbuildable(error: &BuildError) -> Problem {
 fn blocked(obstacle: Obstacle) -> Problem {
     match obstacle {
         Obstacle::Taken { kind, name, by } => {
-            let by = by.map_or_else(|| "is not labelled as this OverlayNode's".to_owned(), |by| format!("is controlled by {by}"));
+            let by = by.map_or_else(
+                || "is not labelled as this OverlayNode's".to_owned(),
+                |by| format!("is controlled by {by}"),
+            );
             let message = format!("{kind} {name} exists and {by}: delete it, or give the OverlayNode another name");
             Problem { reason: Reason::NameConflict, message }
         }

@@ -30,7 +30,8 @@ pub(super) enum Kind {
 
 impl Kind {
     /// All of them.
-    pub(super) const ALL: [Self; 5] = [Self::ServiceAccount, Self::Secret, Self::ConfigMap, Self::Service, Self::StatefulSet];
+    pub(super) const ALL: [Self; 5] =
+        [Self::ServiceAccount, Self::Secret, Self::ConfigMap, Self::Service, Self::StatefulSet];
 
     /// As `kind` has it.
     #[must_use]
@@ -118,7 +119,11 @@ pub(super) enum Obstacle {
 ///
 /// # Errors
 /// The first object whose name is not free for us.
-pub(super) fn plan<'a>(wanted: &'a [Wanted], live: &[Option<Value>], owner: Owner<'_>) -> Result<Vec<&'a Wanted>, Obstacle> {
+pub(super) fn plan<'a>(
+    wanted: &'a [Wanted],
+    live: &[Option<Value>],
+    owner: Owner<'_>,
+) -> Result<Vec<&'a Wanted>, Obstacle> {
     let mut send = Vec::new();
     for (wanted, live) in wanted.iter().zip(live) {
         match live {
@@ -146,7 +151,10 @@ fn check_owner(wanted: &Wanted, live: &Value, owner: Owner<'_>) -> Result<(), Ob
         return Ok(());
     }
     let text = |key: &str| controller[key].as_str().unwrap_or_default().to_owned();
-    if text("kind") == "OverlayNode" && text("name") == owner.name && text("apiVersion").starts_with("overlay.rustyonions.io/") {
+    if text("kind") == "OverlayNode"
+        && text("name") == owner.name
+        && text("apiVersion").starts_with("overlay.rustyonions.io/")
+    {
         return Err(Obstacle::Leftover { kind, name });
     }
     Err(Obstacle::Taken { kind, name, by: Some(format!("{}/{}", text("kind"), text("name"))) })

@@ -74,7 +74,12 @@ impl Reason {
     pub(super) fn is_stall(self) -> bool {
         matches!(
             self,
-            Self::NameConflict | Self::ConfigTooLarge | Self::InvalidSpec | Self::CaMissing | Self::CaInvalid | Self::Rejected
+            Self::NameConflict
+                | Self::ConfigTooLarge
+                | Self::InvalidSpec
+                | Self::CaMissing
+                | Self::CaInvalid
+                | Self::Rejected
         )
     }
 
@@ -179,7 +184,8 @@ pub(super) fn status(facts: &Facts<'_>) -> OverlayNodeStatus {
         ("Degraded", degraded(facts)),
         ("TrustReady", trust_ready(facts)),
     ];
-    status.conditions = conditions.into_iter().filter_map(|(kind, verdict)| Some(condition(facts, kind, verdict?))).collect();
+    status.conditions =
+        conditions.into_iter().filter_map(|(kind, verdict)| Some(condition(facts, kind, verdict?))).collect();
     status.observed_generation = facts.generation;
     status.replicas = facts.pods.existing;
     status.ready_replicas = facts.pods.ready;
@@ -235,7 +241,9 @@ fn complete(facts: &Facts<'_>) -> bool {
 /// Whether this generation was complete before and no rollout is under way: then what is
 /// missing was lost, rather than not there yet.
 fn lost(facts: &Facts<'_>) -> bool {
-    let holds = |kind| find(facts.previous, kind).is_some_and(|c| c.status == "True" && c.observed_generation == facts.generation);
+    let holds = |kind| {
+        find(facts.previous, kind).is_some_and(|c| c.status == "True" && c.observed_generation == facts.generation)
+    };
     facts.pods.settled && facts.pods.ready < facts.wanted && (holds("Ready") || holds("Degraded"))
 }
 
@@ -290,7 +298,9 @@ fn degraded(facts: &Facts<'_>) -> Option<Verdict> {
 
 fn trust_ready(facts: &Facts<'_>) -> Option<Verdict> {
     match (&facts.problem, &facts.built) {
-        (Some(problem), _) if problem.reason.is_about_trust() => Some(Verdict::no(problem.reason, problem.message.clone())),
+        (Some(problem), _) if problem.reason.is_about_trust() => {
+            Some(Verdict::no(problem.reason, problem.message.clone()))
+        }
         (None, Some(built)) => {
             let secret = built.tls.secret_name.as_deref().unwrap_or_default();
             Some(Verdict::yes(Reason::Issued, format!("certificate in Secret {secret} and tokens are current")))

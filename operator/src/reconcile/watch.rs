@@ -95,7 +95,11 @@ where
     (events.touched_objects().boxed(), store)
 }
 
-fn events<K>(client: &Client, config: watcher::Config, seen: Seen) -> (BoxStream<'static, watcher::Result<Event<K>>>, Store<K>)
+fn events<K>(
+    client: &Client,
+    config: watcher::Config,
+    seen: Seen,
+) -> (BoxStream<'static, watcher::Result<Event<K>>>, Store<K>)
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
     K::DynamicType: Hash + Eq,

@@ -150,6 +150,6 @@ fn no_private_key_is_ever_printed() {
         assert!(!body.is_empty());
         assert!(body.iter().all(|line| !printed.contains(line)));
     }
-    let bad = Ca::from_pem(&kept.cert, &kept.key.replace("PRIVATE KEY", "KEY")).unwrap_err();
+    let bad = Ca::from_pem(&kept.cert, &kept.key[..kept.key.len() / 2]).unwrap_err();
     assert!(!format!("{bad} {bad:?}").contains(kept.key.lines().nth(1).unwrap()));
 }

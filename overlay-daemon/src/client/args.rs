@@ -288,7 +288,7 @@ mod tests {
             ("pub news x --file f", "--file"),
             ("pub news x --lines", "--lines"),
             ("pub news x --tenant 7", "UUID"),
-            ("pub news x --retries -1", "--retries"),
+            ("pub news x --retries=-1", "--retries"),
             ("pub news x --connect h:1", "--certificate"),
             ("pub news x --connect h:1 --certificate c --key k", "--ca"),
             ("pub news x --certificate c", "--connect"),

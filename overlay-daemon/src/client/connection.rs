@@ -18,9 +18,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, Wr
 use tokio::time::{Instant, sleep_until, timeout};
 
 /// From HELLO to its answer.
-pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// From a request to its answer.
-pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// From END to the daemon's END: what is late here changes nothing any more.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
 /// Nothing heard for so long, a ping included, and the daemon is gone.
@@ -107,7 +107,7 @@ impl std::fmt::Display for Refused {
 
 /// Text of the other side, without what would move a terminal's cursor.
 #[must_use]
-pub fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 

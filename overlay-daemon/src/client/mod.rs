@@ -25,7 +25,7 @@ mod protocol_examples;
 mod testing;
 
 pub use args::{
-    Command, OutputFormat, PublishArgs, RemoteArgs, SocketArgs, StatusArgs, StatusFormat, SubscribeArgs, TargetArgs,
+    Command, KeyExchangePolicy, OutputFormat, PublishArgs, RemoteArgs, SocketArgs, StatusArgs, StatusFormat, SubscribeArgs, TargetArgs,
 };
 pub use connection::{Connection, ConnectionError, Refused, Stream};
 pub use status::Report;

@@ -159,12 +159,8 @@ impl Volume {
     }
 
     pub(crate) fn config(&self, key_exchange: KeyExchange) -> (Tls, Token) {
-        let tls = Tls {
-            certificate: self.path("tls.crt"),
-            key: self.path("tls.key"),
-            ca: self.path("ca.crt"),
-            key_exchange,
-        };
+        let tls =
+            Tls { certificate: self.path("tls.crt"), key: self.path("tls.key"), ca: self.path("ca.crt"), key_exchange };
         (tls, Token { keys: self.path("token-keys.json"), file: self.path("peer") })
     }
 }

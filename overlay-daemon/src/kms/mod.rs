@@ -168,12 +168,7 @@ impl fmt::Debug for KeySet {
 
 impl KeySet {
     /// Makes a set of what was read; every file that is wrong is reported.
-    fn build(
-        sources: &Sources<'_>,
-        contents: Contents,
-        generation: u64,
-        unix_ms: u64,
-    ) -> Result<Self, Vec<KmsError>> {
+    fn build(sources: &Sources<'_>, contents: Contents, generation: u64, unix_ms: u64) -> Result<Self, Vec<KmsError>> {
         let [certificate, key, ca, token_keys, peer_token] = contents.files;
         let tls = tls::Material::parse(sources, &certificate, &key, &ca, unix_ms);
         let keys = TokenKeys::parse(&token_keys).map_err(|message| vec![sources.token_keys.invalid(message)]);
@@ -184,9 +179,7 @@ impl KeySet {
                 let audience = tls.leaf.identity.without_pod();
                 Ok(Self { leaf: tls.leaf, audience, server, client, token_keys, peer_token, generation })
             }
-            (tls, keys, token) => {
-                Err([tls.err(), keys.err(), token.err()].into_iter().flatten().flatten().collect())
-            }
+            (tls, keys, token) => Err([tls.err(), keys.err(), token.err()].into_iter().flatten().flatten().collect()),
         }
     }
 

@@ -42,7 +42,10 @@ fn key_material_that_is_refused() {
     let kind = "token.keys: token-keys.json: key 1: must have kty OKP, crv Ed25519, alg EdDSA and use sig";
     let table = [
         (with(0, ""), "tls.certificate: tls.crt: holds no PEM certificate"),
-        (with(0, &other.leaf(LeafOptions::default()).0), "tls.certificate: tls.crt: is signed by no authority in tls.ca"),
+        (
+            with(0, &other.leaf(LeafOptions::default()).0),
+            "tls.certificate: tls.crt: is signed by no authority in tls.ca",
+        ),
         (leaf(LeafOptions { until_year: 2020, ..Default::default() }), "tls.certificate: tls.crt: has expired"),
         (
             leaf(LeafOptions { uris: &[], ..Default::default() }),
@@ -150,7 +153,11 @@ fn tokens_that_are_refused() {
         ("alg HS256 with the public key", hs256, Err("the token is not signed with EdDSA")),
         ("alg ES256", header(json!({"alg": "ES256"})), Err("the token is not signed with EdDSA")),
         ("no signature", format!("{message}."), Err("the token's signature does not hold")),
-        ("another signature", format!("{message}.{}", signature.chars().rev().collect::<String>()), Err("the token's signature does not hold")),
+        (
+            "another signature",
+            format!("{message}.{}", signature.chars().rev().collect::<String>()),
+            Err("the token's signature does not hold"),
+        ),
         ("no key id", header(json!({"kid": null})), Err("the token's key is not known")),
         ("a foreign key id", other.mint(&local_claims()), Err("the token's key is not known")),
         ("a foreign key under our id", impostor, Err("the token's signature does not hold")),
@@ -167,7 +174,11 @@ fn tokens_that_are_refused() {
         ("deep", raw(&root.header().to_string(), &deep), Err(unknown)),
         ("expired", claims(json!({"exp": NOW_MS / 1_000})), Err("the token has expired")),
         ("not yet", claims(json!({"nbf": NOW_MS / 1_000 + 6})), Err("the token is not valid yet")),
-        ("another audience", claims(json!({"aud": "spiffe://overlay.local/ns/a/overlaynode/x"})), Err("the token is for another audience")),
+        (
+            "another audience",
+            claims(json!({"aud": "spiffe://overlay.local/ns/a/overlaynode/x"})),
+            Err("the token is for another audience"),
+        ),
         ("another holder", claims(json!({"sub": NODE})), Err("the token belongs to another holder")),
     ];
     for (case, token, want) in table {
@@ -197,7 +208,8 @@ fn keys_are_replaced_whole_or_not_at_all() {
     let mut volume = Volume::new(&first);
     let keys = load(&volume).unwrap();
     let verifier = keys.verifier();
-    let known = |root: &TokenRoot| verifier.verify(root.mint(&local_claims()).as_bytes(), &Holder::Local, NOW_MS).is_ok();
+    let known =
+        |root: &TokenRoot| verifier.verify(root.mint(&local_claims()).as_bytes(), &Holder::Local, NOW_MS).is_ok();
     assert!(known(&root) && !known(&next));
     assert!(matches!(keys.reload(NOW_MS), Reload::Unchanged));
 
@@ -218,6 +230,30 @@ fn keys_are_replaced_whole_or_not_at_all() {
     assert!(matches!(keys.reload(NOW_MS), Reload::Refused(_)));
     assert!(matches!(keys.reload(NOW_MS), Reload::StillRefused));
     assert!(known(&next));
+}
+
+/// The task that looks notices a swapped volume, and says what it did. Time is paused.
+#[tokio::test(start_paused = true)]
+async fn a_swapped_volume_is_noticed() {
+    let (authority, root) = (Authority::new(), TokenRoot::new());
+    let files = || Volume::files(&authority, &root, LeafOptions::default());
+    let mut volume = Volume::new(&files());
+    let (clock, cancel) = (crate::clock::Clock::start(), tokio_util::sync::CancellationToken::new());
+    let (tls, token) = volume.config(KeyExchange::RequireHybrid);
+    let keys = std::sync::Arc::new(Keys::load(&tls, &token, clock.unix_ms()).unwrap());
+    let metrics = std::sync::Arc::new(crate::metrics::Metrics::new(true, [], "").unwrap());
+    let mut changes = keys.subscribe();
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(std::sync::Arc::clone(&keys).watch(std::sync::Arc::clone(&metrics), clock, cancel.clone()));
+    volume.swap(&files());
+    changes.changed().await.unwrap();
+    assert_eq!(changes.borrow_and_update().generation(), 2);
+    assert!(clock.now().0 < 2 * POLL_INTERVAL.as_millis() as u64, "{:?}", clock.now());
+    cancel.cancel();
+    tasks.join_next().await.unwrap().unwrap();
+    let text = String::from_utf8(metrics.render().unwrap()).unwrap();
+    assert!(text.contains("overlay_key_reloads_total{result=\"ok\",amnesia=\"on\"} 1"), "{text}");
+    assert!(text.contains("overlay_certificate_expiry_timestamp_seconds{amnesia=\"on\"} 13569465600"), "{text}");
 }
 
 #[test]

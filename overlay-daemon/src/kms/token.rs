@@ -83,9 +83,10 @@ impl TokenKeys {
         validation.validate_exp = false;
         validation.validate_aud = false;
         let token = decode::<Claims>(token, key, &validation).map_err(|error| {
-            use jsonwebtoken::errors::ErrorKind::InvalidSignature;
+            use jsonwebtoken::errors::ErrorKind::{Base64, InvalidSignature};
             match error.kind() {
-                InvalidSignature => no("the token's signature does not hold"),
+                // The claims are decoded after the signature held, and then they do decode.
+                InvalidSignature | Base64(_) => no("the token's signature does not hold"),
                 _ => no("the token's claims cannot be read"),
             }
         })?;
@@ -128,10 +129,12 @@ impl Jwk {
 }
 
 /// Verifies tokens by whatever keys are current. Signatures that held are remembered until the
-/// keys change; those that did not cost their sender a verification each time.
+/// keys change; those that did not cost their sender a verification each time. Clones share
+/// what is remembered.
+#[derive(Clone)]
 pub struct Verifier {
     keys: watch::Receiver<Arc<KeySet>>,
-    cache: Mutex<Cache>,
+    cache: Arc<Mutex<Cache>>,
 }
 
 struct Cache {
@@ -142,7 +145,7 @@ struct Cache {
 impl Verifier {
     pub(super) fn new(keys: watch::Receiver<Arc<KeySet>>) -> Self {
         let cache = Cache { generation: 0, claims: LruCache::new(CACHED_TOKENS) };
-        Self { keys, cache: Mutex::new(cache) }
+        Self { keys, cache: Arc::new(Mutex::new(cache)) }
     }
 
     /// What `cap` grants to `holder` at `unix_ms`, milliseconds since 1970.

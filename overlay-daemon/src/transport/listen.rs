@@ -127,12 +127,13 @@ impl Accepted {
     async fn run(self, keys: &KeySet) -> Result<Connection, HandshakeError> {
         let Self { stream, deadline, mut place, handshakes, .. } = self;
         let hello = async {
-            // Nothing is allocated for a connection before its first byte.
             stream.readable().await?;
-            LazyConfigAcceptor::new(Acceptor::default(), stream).await
+            // TLS's state is boxed: until the first byte a connection is its descriptor and a
+            // few words.
+            Box::pin(LazyConfigAcceptor::new(Acceptor::default(), stream)).await
         };
         let hello = tokio::select! {
-            hello = hello => hello?,
+            hello = hello => Box::new(hello?),
             () = place.evicted() => return Err(HandshakeError::Crowded),
         };
         drop(place);
@@ -142,7 +143,7 @@ impl Accepted {
             return Err(HandshakeError::Alpn);
         }
         let permit = handshakes.acquire().await.map_err(|_| HandshakeError::Gone)?;
-        let stream = hello.into_stream(Arc::clone(keys.server())).await?;
+        let stream = Box::pin(hello.into_stream(Arc::clone(keys.server()))).await?;
         drop(permit);
         Connection::establish(TlsStream::from(stream), deadline)
     }

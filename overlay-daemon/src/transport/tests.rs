@@ -169,7 +169,11 @@ async fn strangers_are_refused() {
         ("TLS 1.2", stranger(good(), tls12, oap1), "ProtocolVersion"),
         ("no client certificate", stranger(None, tls13, oap1), "CertificateRequired"),
         ("another authority's", stranger(Some(foreign.leaf(LeafOptions::default())), tls13, oap1), "DecryptError"),
-        ("expired", stranger(leaf(LeafOptions { until_year: 2020, ..Default::default() }), tls13, oap1), "CertificateExpired"),
+        (
+            "expired",
+            stranger(leaf(LeafOptions { until_year: 2020, ..Default::default() }), tls13, oap1),
+            "CertificateExpired",
+        ),
         ("not for clients", stranger(leaf(LeafOptions { usages: server_only, ..Default::default() }), tls13, oap1), ""),
         ("no identity", stranger(leaf(LeafOptions { uris: &[], ..Default::default() }), tls13, oap1), ""),
         ("two identities", stranger(leaf(LeafOptions { uris: &twice, ..Default::default() }), tls13, oap1), ""),
@@ -238,7 +242,11 @@ async fn the_silent_are_closed_at_the_deadline() {
         silent.write_all(said).await.unwrap();
         let accepted = listener.accept().await.unwrap();
         assert_eq!(listener.pending().len(), 1);
-        let error = accepted.handshake(&server.current()).await.unwrap_err();
+        let keys = server.current();
+        let handshake = accepted.handshake(&keys);
+        // The design allows a silent connection 1 KiB beside its descriptor.
+        assert!(size_of_val(&handshake) <= 1_024, "{}", size_of_val(&handshake));
+        let error = handshake.await.unwrap_err();
         assert!(matches!(error, HandshakeError::Timeout), "{error}");
         assert_eq!((error.reason(), listener.pending().len()), (Some(Reason::Timeout), 0));
         assert_eq!(silent.read(&mut [0; 1]).await.unwrap_or(0), 0, "closed");

@@ -12,10 +12,13 @@ fn nodes(names: &[&str]) -> Vec<(String, String)> {
     names.iter().map(|n| ("default".to_owned(), (*n).to_owned())).collect()
 }
 
+/// `XDG_RUNTIME_DIR`, what lies in memory, and the root.
+type Row = (Option<&'static str>, &'static [&'static str], Result<&'static str, &'static str>);
+
 /// I-8: keys are only ever in memory, or nothing starts.
 #[test]
 fn the_root_is_in_memory() {
-    let table: [(Option<&str>, &[&str], Result<&str, &str>); 6] = [
+    let table: [Row; 6] = [
         (Some(XDG), &[XDG, SHARED_MEMORY], Ok("/run/user/1000/overlay")),
         (Some(XDG), &[SHARED_MEMORY], Ok("/dev/shm/overlay-1000")),
         (None, &[XDG, SHARED_MEMORY], Ok("/dev/shm/overlay-1000")),
@@ -40,12 +43,14 @@ fn nothing_is_left_of_a_run() {
     let mut dir = RuntimeDir::take(&root, &nodes(&["mesh", "other"]), uid()).unwrap();
     let folder = RuntimeDir::folder(&root, "default", "mesh-0");
     dir.make(&folder).unwrap();
+    dir.make(&folder.join("trust")).unwrap();
     write_private(&folder.join("tls.key"), "key").unwrap();
     for (path, mode) in [(root.clone(), 0o700), (folder.clone(), 0o700), (folder.join("tls.key"), 0o600)] {
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o7777, mode, "{}", path.display());
     }
-    drop(dir);
+    dir.remove().unwrap();
     assert!(!root.exists());
+    drop(dir);
 }
 
 #[test]
@@ -77,6 +82,7 @@ fn a_killed_run_is_cleared() {
 
     let next = RuntimeDir::take(&root, &nodes(&["another"]), uid()).unwrap();
     assert!(!orphan.wait().unwrap().success(), "the daemon is ended");
+    assert_eq!(next.ended(), [root.join("default.mesh-11")]);
     let left = |name: &str| root.join(name).exists();
     assert!(!left("default.mesh-0") && !left("default.mesh-11") && !left("default.mesh.lock"));
     assert!(left("default.live-0") && left("default.live.lock"), "a run that lives is left alone");

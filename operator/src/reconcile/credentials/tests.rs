@@ -65,7 +65,10 @@ fn what_is_good_stays_byte_for_byte() {
     let kept = credentials(&current.certificate.unwrap(), &current.tokens.unwrap());
     let bytes = |secret: &Option<Secret>, key: &str| secret.as_ref().unwrap().data.as_ref().unwrap()[key].0.clone();
     assert!(kept.certificate == bytes(&standing.tls, "tls.crt") && kept.key == bytes(&standing.tls, "tls.key"));
-    assert!(kept.peer_token == bytes(&standing.token, "peer") && kept.token_keys == bytes(&standing.token, "token-keys.json"));
+    assert!(
+        kept.peer_token == bytes(&standing.token, "peer")
+            && kept.token_keys == bytes(&standing.token, "token-keys.json")
+    );
 }
 
 #[test]
@@ -88,21 +91,30 @@ fn what_is_not_good_is_reissued() {
     let (rig, other) = (Rig::new(), Rig::new());
     let elsewhere: SpiffeId = "spiffe://example.org/ns/a/overlaynode/other".parse().unwrap();
     let strange = other.standing();
-    let take = |secret: &Option<Secret>, key: &str| Some(secret.as_ref().unwrap().data.as_ref().unwrap()[key].0.clone());
+    let take =
+        |secret: &Option<Secret>, key: &str| Some(secret.as_ref().unwrap().data.as_ref().unwrap()[key].0.clone());
+    let peer_as_local = |s: &mut Standing| {
+        let peer = take(&s.token, "peer");
+        overwrite(&mut s.token, "local", peer);
+    };
     type Change<'a> = Box<dyn Fn(&mut Standing) + 'a>;
     let table: Vec<(&str, Change<'_>, (bool, bool))> = vec![
         ("as issued", Box::new(|_| ()), (true, true)),
         ("no certificate", Box::new(|s| s.tls = None), (false, true)),
         ("no tokens", Box::new(|s| s.token = None), (true, false)),
         ("another's key", Box::new(|s| overwrite(&mut s.tls, "tls.key", take(&strange.tls, "tls.key"))), (false, true)),
-        ("another's certificate", Box::new(|s| overwrite(&mut s.tls, "tls.crt", take(&strange.tls, "tls.crt"))), (false, true)),
+        (
+            "another's certificate",
+            Box::new(|s| overwrite(&mut s.tls, "tls.crt", take(&strange.tls, "tls.crt"))),
+            (false, true),
+        ),
         ("another CA", Box::new(|s| overwrite(&mut s.tls, "ca.crt", take(&strange.tls, "ca.crt"))), (false, true)),
         ("another CA, all of it", Box::new(|s| s.tls = strange.tls.clone()), (false, true)),
         ("junk", Box::new(|s| overwrite(&mut s.tls, "tls.crt", Some(b"junk".to_vec()))), (false, true)),
         ("not UTF-8", Box::new(|s| overwrite(&mut s.tls, "tls.key", Some(vec![0xff]))), (false, true)),
         ("no key set", Box::new(|s| overwrite(&mut s.token, "token-keys.json", None)), (true, false)),
         ("another root", Box::new(|s| s.token = strange.token.clone()), (true, false)),
-        ("the peers' as local", Box::new(|s| overwrite(&mut s.token, "local", take(&s.token.clone(), "peer"))), (true, false)),
+        ("the peers' as local", Box::new(peer_as_local), (true, false)),
     ];
     for (case, change, want) in table {
         let mut standing = rig.standing();

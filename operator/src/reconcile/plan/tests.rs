@@ -125,9 +125,7 @@ fn absent_objects_are_sent_in_order() {
 fn whose_a_name_is() {
     let object = wanted(&json!({ "kind": "ConfigMap", "metadata": { "name": "mesh-config" } }));
     let (kind, name) = (Kind::ConfigMap, "mesh-config".to_owned());
-    let reference = |kind: &str, name: &str, uid: &str, controller: bool| {
-        json!({ "apiVersion": "overlay.rustyonions.io/v1alpha1", "kind": kind, "name": name, "uid": uid, "controller": controller })
-    };
+    let reference = |kind: &str, name: &str, uid: &str, controller: bool| json!({ "apiVersion": "overlay.rustyonions.io/v1alpha1", "kind": kind, "name": name, "uid": uid, "controller": controller });
     let label = json!({ labels::NAME: "mesh" });
     let taken = |by: Option<&str>| Some(Obstacle::Taken { kind, name: name.clone(), by: by.map(str::to_owned) });
     let table = [
@@ -136,8 +134,18 @@ fn whose_a_name_is() {
         ("not controlled, with our label", json!([reference("App", "app", "9", false)]), label.clone(), None),
         ("nobody's", json!([]), json!({}), taken(None)),
         ("labelled for another", json!([]), json!({ labels::NAME: "other" }), taken(None)),
-        ("another's, with our label", json!([reference("App", "app", "9", true)]), label.clone(), taken(Some("App/app"))),
-        ("another OverlayNode's", json!([reference("OverlayNode", "other", "9", true)]), label.clone(), taken(Some("OverlayNode/other"))),
+        (
+            "another's, with our label",
+            json!([reference("App", "app", "9", true)]),
+            label.clone(),
+            taken(Some("App/app")),
+        ),
+        (
+            "another OverlayNode's",
+            json!([reference("OverlayNode", "other", "9", true)]),
+            label.clone(),
+            taken(Some("OverlayNode/other")),
+        ),
         (
             "of our predecessor",
             json!([reference("OverlayNode", "mesh", "9", true)]),

@@ -17,7 +17,11 @@ fn built(hash: &str) -> Built {
         selector: "a=b".into(),
         config_hash: hash.into(),
         effective: build::effective(&node, Some("overlay-daemon:1".into())),
-        tls: TlsStatus { source: TlsSource::SelfManaged, not_after: Some(Time(at(86_400))), secret_name: Some("mesh-tls".into()) },
+        tls: TlsStatus {
+            source: TlsSource::SelfManaged,
+            not_after: Some(Time(at(86_400))),
+            secret_name: Some("mesh-tls".into()),
+        },
     }
 }
 
@@ -65,18 +69,22 @@ fn conditions_over_a_life() {
         ("stalled", pods(3, 3, 3, true), 3, 4, stall(Reason::NameConflict), "FFTFT", "NameConflict"),
         ("the API server is away", pods(3, 3, 3, true), 3, 4, stall(Reason::ApplyFailed), "FTFFT", "ApplyFailed"),
         ("the CA is gone", pods(3, 3, 3, true), 3, 4, stall(Reason::CaMissing), "FFTFF", "CAMissing"),
-        ("another problem hides trust", pods(3, 3, 3, true), 3, 4, stall(Reason::ConfigTooLarge), "FFTFF", "ConfigTooLarge"),
+        (
+            "another problem hides trust",
+            pods(3, 3, 3, true),
+            3,
+            4,
+            stall(Reason::ConfigTooLarge),
+            "FFTFF",
+            "ConfigTooLarge",
+        ),
         ("well", pods(3, 3, 3, true), 3, 4, None, "TFFFT", "AllReady"),
         ("none wanted", pods(0, 0, 0, true), 0, 5, None, "TFFFT", "ScaledToZero"),
     ];
     let mut previous: Option<OverlayNodeStatus> = None;
     for (seconds, (case, pods, wanted, generation, problem, conditions, ready)) in (0..).zip(rows) {
-        let status = status(&Facts {
-            wanted,
-            generation: Some(generation),
-            problem,
-            ..facts(previous.as_ref(), pods, seconds)
-        });
+        let status =
+            status(&Facts { wanted, generation: Some(generation), problem, ..facts(previous.as_ref(), pods, seconds) });
         assert_eq!(letters(&status), conditions, "{case}");
         assert_eq!(reason(&status, "Ready"), ready, "{case}");
         assert!(status.conditions.iter().all(|c| c.observed_generation == Some(generation)), "{case}");
@@ -84,7 +92,12 @@ fn conditions_over_a_life() {
         for condition in &status.conditions {
             let before = find(previous.as_ref(), &condition.type_).map(|c| (&c.status, &c.last_transition_time));
             let kept = before.filter(|(status, _)| **status == condition.status).map(|(_, time)| time.clone());
-            assert_eq!(condition.last_transition_time, kept.unwrap_or(Time(at(seconds))), "{case}: {}", condition.type_);
+            assert_eq!(
+                condition.last_transition_time,
+                kept.unwrap_or(Time(at(seconds))),
+                "{case}: {}",
+                condition.type_
+            );
         }
         previous = Some(status);
     }
@@ -108,7 +121,8 @@ fn a_problem_leaves_hash_and_certificate() {
     (stalled.built, stalled.problem) = (Some(built("h2")), Some(problem(Reason::NameConflict)));
     let second = status(&stalled);
     assert_eq!((second.config_hash.as_deref(), second.tls), (Some("h1"), first.tls));
-    let never = status(&Facts { problem: Some(problem(Reason::CaMissing)), built: None, ..facts(None, Pods::default(), 0) });
+    let never =
+        status(&Facts { problem: Some(problem(Reason::CaMissing)), built: None, ..facts(None, Pods::default(), 0) });
     assert_eq!((never.tls, never.config_hash, never.effective), (None, None, None));
 }
 

@@ -2,7 +2,7 @@
 //! defaults by profile and their bounds; files are opened by the shell.
 //!
 //! Two files: `overlay.toml`, which the replicas of a mesh share, and a peers file, one a
-//! daemon. [`read`] turns text into these types and reports every error at once.
+//! daemon. [`daemon`] and [`peers`] turn text into these types and report every error at once.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

@@ -43,7 +43,7 @@ pub(super) struct Remote {
 /// What a stream is for.
 #[derive(Debug)]
 pub(super) enum Kind {
-    Publish { topic: Topic, grant: Grant, upload: Upload },
+    Publish { topic: Topic, grant: Box<Grant>, upload: Upload },
     Subscribe { topics: Vec<Topic>, missed: u32 },
     GossipIn,
     GossipOut,

@@ -68,10 +68,8 @@ pub enum Output {
     },
     /// Count a refusal.
     Rejected(Reason),
-    /// Count a session that HELLO made active, and later its end.
-    Opened,
-    /// As `Opened`.
-    Closed,
+    /// HELLO made the session active.
+    Opened(SessionId),
 }
 
 /// Bytes that one batch for a writer holds at the most.
@@ -165,9 +163,6 @@ impl Node {
     pub fn handle_closed(&mut self, id: SessionId) {
         let Some(mut entry) = self.sessions.remove(&id) else { return };
         self.deadlines.retain(|(_, session)| *session != id);
-        if entry.session.state() != State::Handshake {
-            self.outputs.push_back(Output::Closed);
-        }
         entry.session.close();
         self.quota.leave(entry.quota.inflight());
         self.subscriptions.remove_session(id);
@@ -221,13 +216,13 @@ impl Node {
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let answer = entry.session.answer_hello(frame, &reply);
         self.push(id, Class::Control, answer);
-        self.outputs.push_back(Output::Opened);
+        self.outputs.push_back(Output::Opened(id));
         self.reschedule(id);
         self.meet(id, hello.daemon, clock);
     }
 
     fn welcomed(&mut self, id: SessionId, reply: HelloReply, clock: Clock) {
-        self.outputs.push_back(Output::Opened);
+        self.outputs.push_back(Output::Opened(id));
         self.reschedule(id);
         self.meet(id, reply.daemon, clock);
     }
@@ -315,6 +310,12 @@ impl Node {
     #[must_use]
     pub fn is_drained(&self) -> bool {
         self.sessions.values().all(|entry| entry.lanes.is_empty() && entry.writer_idle)
+    }
+
+    /// Whether the drain began.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.draining
     }
 
     /// What gossip did so far.

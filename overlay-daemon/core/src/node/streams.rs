@@ -42,7 +42,7 @@ impl Node {
             (AppProto::PUBSUB, Open::Publish { topic }) => {
                 grant.permit(Action::Publish, start.tenant, Some(&topic))?;
                 self.admit_write()?;
-                Ok(Some(Kind::Publish { topic, grant, upload: Upload::None }))
+                Ok(Some(Kind::Publish { topic, grant: Box::new(grant), upload: Upload::None }))
             }
             (AppProto::PUBSUB, Open::Subscribe { topics }) => {
                 if topics.is_empty() || topics.len() > MAX_TOPICS {

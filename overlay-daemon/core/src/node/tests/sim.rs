@@ -223,7 +223,7 @@ impl Sim {
             match output {
                 Output::Close(session) => self.close(End { node, session }),
                 Output::Rejected(reason) => *self.rejected.entry((node, reason)).or_default() += 1,
-                Output::Peer { .. } | Output::Opened | Output::Closed => {}
+                Output::Peer { .. } | Output::Opened(_) => {}
             }
         }
     }

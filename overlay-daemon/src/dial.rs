@@ -1,0 +1,96 @@
+//! One task a configured peer: dials while there is no session with it, and backs off with
+//! jitter while that fails. Where peers are comes from configuration alone (I-1).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use overlay_core::config::Peer;
+use overlay_core::grant::Holder;
+use overlay_core::node::Opening;
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use crate::accept::refuse_identity;
+use crate::kms::Keys;
+use crate::session::Context;
+use crate::transport::{Connection, dial};
+
+/// The first pause; it doubles up to [`LONGEST`], and is up to twice as long by jitter, so
+/// that a mesh that starts at once does not dial in step.
+const SHORTEST: Duration = Duration::from_millis(100);
+/// The longest pause before jitter.
+const LONGEST: Duration = Duration::from_secs(10);
+/// A session that lived so long was a good one: the next pause is short again.
+const GOOD: Duration = Duration::from_secs(10);
+
+/// A peer to hold a session with.
+pub struct Dialler {
+    /// Its place in the peers file.
+    pub place: usize,
+    /// Who and where it is.
+    pub peer: Peer,
+    /// Whether it has a session, whoever dialled.
+    pub up: watch::Receiver<bool>,
+    /// With what to dial.
+    pub keys: Arc<Keys>,
+    /// What a session needs.
+    pub context: Context,
+}
+
+impl Dialler {
+    /// Dials for as long as the daemon runs: its owner ends it by dropping the task.
+    pub async fn run(mut self) {
+        let mut pauses = pauses();
+        let mut warned = false;
+        while self.up.wait_for(|up| !up).await.is_ok() {
+            let began = self.context.clock.now();
+            match self.connect().await {
+                Ok(connection) => {
+                    warned = false;
+                    self.hold(connection).await;
+                }
+                // Once for each time it goes away: a peer may be down for days.
+                Err(error) if !warned => {
+                    warned = true;
+                    tracing::warn!(peer = %self.peer.name, %error, "no session with this peer yet; dialling goes on");
+                }
+                Err(error) => tracing::debug!(peer = %self.peer.name, %error, "dialling failed"),
+            }
+            if self.context.clock.now().since(began) >= u64::try_from(GOOD.as_millis()).unwrap_or(u64::MAX) {
+                pauses = self::pauses();
+            }
+            sleep(pauses.next().unwrap_or(LONGEST)).await;
+        }
+    }
+
+    async fn connect(&self) -> Result<Connection, anyhow::Error> {
+        let tls = Arc::clone(self.keys.current().client());
+        let connection = dial(&self.peer.address, &tls, &self.context.transport, self.context.clock).await?;
+        self.context.metrics.key_exchange(connection.group);
+        if !self.peer.identity.covers(&connection.peer) {
+            refuse_identity(&self.context);
+            anyhow::bail!("{} answered as {}, not as {}", self.peer.address, connection.peer, self.peer.identity);
+        }
+        Ok(connection)
+    }
+
+    async fn hold(&self, connection: Connection) {
+        let opening = Opening {
+            holder: Holder::Certificate(connection.peer),
+            dialled: Some(self.place),
+            group: connection.group.label(),
+        };
+        self.context.run(connection.stream, opening, Some(connection.group)).await;
+    }
+}
+
+fn pauses() -> ExponentialBackoff {
+    ExponentialBuilder::new()
+        .with_min_delay(SHORTEST)
+        .with_max_delay(LONGEST)
+        .with_factor(2.0)
+        .with_jitter()
+        .without_max_times()
+        .build()
+}

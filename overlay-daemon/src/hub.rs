@@ -1,0 +1,256 @@
+//! The hub: one task that owns the core's `Node`. It feeds it what happens, carries out what
+//! it decides, and never waits for a session: a writer gets a batch when it has said that it
+//! is free, and a channel of one place is then always open.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use overlay_core::Millis;
+use overlay_core::control::{Open, parse};
+use overlay_core::frame::{AppProto, Flags, Frame};
+use overlay_core::grant::Grant;
+use overlay_core::gossip::Counts;
+use overlay_core::node::{Clock as CoreClock, Node, Opening, Output, SessionId};
+use overlay_core::readiness::Report;
+use overlay_core::status::{Refusal, Status};
+use prometheus::IntGauge;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::kms::KeyExchangeGroup;
+use crate::metrics::{ActiveSession, Direction, Metrics, Route};
+
+/// Things that may wait for the hub. When it is full, readers wait and TCP pushes back.
+pub const QUEUE: usize = 256;
+/// Things handled before what they caused is sent: one write then carries all of it.
+const TURN: usize = 64;
+/// How often the hub says that it is alive.
+const HEARTBEAT_MS: u64 = 200;
+
+/// What a session's writer is given: frames to send in order.
+pub type Batch = Vec<Frame>;
+
+/// What happened.
+pub enum Input {
+    /// A transport is up. Dropping the writer's sender is how the hub closes it.
+    Open {
+        /// Its number, of no session before it.
+        id: SessionId,
+        /// What it is.
+        opening: Opening,
+        /// The key exchange; none on the Unix socket.
+        group: Option<KeyExchangeGroup>,
+        /// Takes one batch at a time.
+        writer: mpsc::Sender<Batch>,
+    },
+    /// A frame was read.
+    Frame {
+        /// From whom.
+        id: SessionId,
+        /// The frame.
+        frame: Frame,
+        /// The verdict on its capability, where it is a START.
+        grant: Option<Result<Grant, Refusal>>,
+        /// When its last byte was read.
+        at: Instant,
+    },
+    /// What was read cannot be a frame.
+    Broken(SessionId, Status),
+    /// The writer sent its batch.
+    Sent(SessionId),
+    /// The connection is gone.
+    Closed(SessionId),
+    /// Readiness was judged.
+    Readiness(Report, bool),
+    /// The token for peers changed.
+    Token(Bytes),
+    /// The drain began: no new sessions, no writes.
+    Drain,
+}
+
+/// What the hub says of itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Heartbeat {
+    /// When it last turned.
+    pub at: Millis,
+    /// See [`Node::pressure`].
+    pub pressure: u8,
+    /// Distinct daemons with an active session.
+    pub peers: u32,
+    /// Nothing is queued anywhere.
+    pub drained: bool,
+}
+
+struct Live {
+    writer: mpsc::Sender<Batch>,
+    group: Option<KeyExchangeGroup>,
+    counted: Option<ActiveSession>,
+}
+
+/// The hub, before it runs.
+pub struct Hub {
+    /// What it decides with.
+    pub node: Node,
+    /// The one clock.
+    pub clock: Clock,
+    /// What it counts.
+    pub metrics: Arc<Metrics>,
+    /// Gauges of requests in flight: one a configured peer, then everyone else's.
+    pub inflight: Vec<IntGauge>,
+    /// What happens.
+    pub inputs: mpsc::Receiver<Input>,
+    /// Whether each configured peer has a session.
+    pub peers: Vec<watch::Sender<bool>>,
+    /// That it is alive.
+    pub heartbeat: watch::Sender<Heartbeat>,
+}
+
+impl Hub {
+    /// Runs until `stop`, or until nobody is left to say anything.
+    pub async fn run(self, stop: CancellationToken) {
+        let Self { node, clock, metrics, inflight, mut inputs, peers, heartbeat } = self;
+        let mut turn = Turn { node, clock, metrics, inflight, peers, heartbeat, live: HashMap::new(), counted: Counts::default() };
+        loop {
+            let beat = clock.now().after(HEARTBEAT_MS);
+            let wake = turn.node.poll_timeout().map_or(beat, |at| at.min(beat));
+            let input = tokio::select! {
+                () = stop.cancelled() => return,
+                input = inputs.recv() => match input {
+                    Some(input) => Some(input),
+                    None => return,
+                },
+                () = sleep_until(clock.instant(wake)) => None,
+            };
+            if let Some(input) = input {
+                turn.handle(input);
+                for _ in 1..TURN {
+                    let Ok(input) = inputs.try_recv() else { break };
+                    turn.handle(input);
+                }
+            }
+            turn.finish();
+        }
+    }
+}
+
+struct Turn {
+    node: Node,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+    inflight: Vec<IntGauge>,
+    peers: Vec<watch::Sender<bool>>,
+    heartbeat: watch::Sender<Heartbeat>,
+    live: HashMap<SessionId, Live>,
+    counted: Counts,
+}
+
+impl Turn {
+    fn time(&self) -> CoreClock {
+        CoreClock { now: self.clock.now(), unix_ms: self.clock.unix_ms() }
+    }
+
+    fn handle(&mut self, input: Input) {
+        match input {
+            Input::Open { id, opening, group, writer } => {
+                // Known before the node decides: HELLO may go out at once.
+                self.live.insert(id, Live { writer, group, counted: None });
+                if !self.node.handle_open(id, opening, self.clock.now()) {
+                    self.live.remove(&id);
+                }
+            }
+            Input::Frame { id, frame, grant, at } => {
+                let route = self.route(id, &frame);
+                self.node.handle_frame(id, frame, grant, self.time());
+                if let Some(route) = route {
+                    self.metrics.latency(route).observe(at.elapsed().as_secs_f64());
+                }
+            }
+            Input::Broken(id, status) => self.node.handle_framing_error(id, status),
+            Input::Sent(id) => self.node.handle_sent(id, self.clock.now()),
+            Input::Closed(id) => {
+                self.node.handle_closed(id);
+                self.live.remove(&id);
+            }
+            Input::Readiness(report, shedding) => self.node.handle_readiness(report, shedding),
+            Input::Token(token) => self.node.handle_token(token),
+            Input::Drain => self.node.handle_drain(),
+        }
+    }
+
+    /// What a request is for, as the latency histogram tells them apart.
+    fn route(&self, id: SessionId, frame: &Frame) -> Option<Route> {
+        if !frame.flags.has(Flags::REQ) {
+            return None;
+        }
+        let started = frame.flags.has(Flags::START);
+        match frame.app {
+            AppProto::CONTROL if self.live.get(&id).is_some_and(|live| live.counted.is_none()) => Some(Route::Hello),
+            AppProto::CONTROL => Some(Route::Ping),
+            AppProto::PUBSUB if started => match parse(&frame.payload)? {
+                Open::Subscribe { .. } => Some(Route::Subscribe),
+                Open::Publish { .. } => Some(Route::Publish),
+                Open::Gossip {} | Open::Sessions {} => None,
+            },
+            AppProto::PUBSUB => Some(Route::Publish),
+            AppProto::GOSSIP if started => Some(Route::Gossip),
+            AppProto::ADMIN if started => Some(Route::Status),
+            _ => None,
+        }
+    }
+
+    /// Ends a turn: deadlines, then what goes out, then what is told.
+    fn finish(&mut self) {
+        let time = self.time();
+        if self.node.poll_timeout().is_some_and(|at| at <= time.now) {
+            self.node.handle_timeout(time);
+        }
+        while let Some((id, batch)) = self.node.poll_transmit(time.now) {
+            // The writer said that it is free, so its one place is. A writer that is gone
+            // is told of by its session's end.
+            if let Some(live) = self.live.get(&id) {
+                let _gone = live.writer.try_send(batch);
+            }
+        }
+        while let Some(output) = self.node.poll_output() {
+            self.carry_out(output);
+        }
+        self.publish(time.now);
+    }
+
+    fn carry_out(&mut self, output: Output) {
+        match output {
+            Output::Close(id) => drop(self.live.remove(&id)),
+            Output::Peer { peer, up } => {
+                if let Some(sender) = self.peers.get(peer) {
+                    sender.send_replace(up);
+                }
+            }
+            Output::Rejected(reason) => self.metrics.rejected(reason).inc(),
+            Output::Opened(id) => {
+                if let Some(live) = self.live.get_mut(&id) {
+                    live.counted = Some(self.metrics.session(live.group));
+                }
+            }
+        }
+    }
+
+    fn publish(&mut self, now: Millis) {
+        let counts = self.node.counts();
+        self.metrics.gossip_frames(Direction::Tx).inc_by(counts.tx - self.counted.tx);
+        self.metrics.gossip_frames(Direction::Rx).inc_by(counts.rx - self.counted.rx);
+        self.counted = counts;
+        let last = *self.heartbeat.borrow();
+        let drained = self.node.is_draining() && self.node.is_drained();
+        // Walking every session each turn would cost more than the turn: a heartbeat does.
+        if now.since(last.at) < HEARTBEAT_MS / 2 && drained == last.drained {
+            return;
+        }
+        for (gauge, value) in self.inflight.iter().zip(self.node.inflight()) {
+            gauge.set(i64::from(value));
+        }
+        self.heartbeat.send_replace(Heartbeat { at: now, pressure: self.node.pressure(), peers: self.node.peers_up(), drained });
+    }
+}

@@ -1,0 +1,234 @@
+//! `overlay-daemon run`: the composition root. Reads configuration, binds, starts every task,
+//! and stops them in one sequence: not ready, still serving, no new sessions, lanes drained,
+//! all ended. A second signal aborts.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use overlay_core::config::{DaemonConfig, PeersConfig};
+use overlay_core::control::Incarnation;
+use overlay_core::node::Node;
+use overlay_core::readiness::Report;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::accept::{self, Stop};
+use crate::admin::{self, Admin};
+use crate::check;
+use crate::clock::Clock;
+use crate::dial::Dialler;
+use crate::hub::{Heartbeat, Hub, Input, QUEUE};
+use crate::kms::Keys;
+use crate::logging;
+use crate::metrics::Metrics;
+use crate::readiness::Watch;
+use crate::session::Context;
+use crate::transport::{Listener, LocalListener, TransportConfig};
+
+/// `overlay-daemon run`.
+#[derive(Debug, clap::Args)]
+pub struct RunArgs {
+    /// The configuration: overlay.toml.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// This daemon's name and its peers.
+    #[arg(long, value_name = "FILE")]
+    pub peers: PathBuf,
+}
+
+/// Runs a daemon until SIGTERM or SIGINT, and drains it.
+///
+/// # Errors
+/// It could not start, with every reason.
+pub async fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    let (config, peers) = match (check::read_daemon(&args.config), check::read_peers(&args.peers)) {
+        (Ok(config), Ok(peers)) => (config, peers),
+        (config, peers) => {
+            let errors: Vec<String> = [config.err(), peers.err()].into_iter().flatten().map(|e| e.to_string()).collect();
+            anyhow::bail!("{}", errors.join("\n"));
+        }
+    };
+    logging::start(&config.observability)?;
+    let mut signals = Signals::new()?;
+    let daemon = start(config, peers).await?;
+    Ok(daemon.run_until(&mut signals).await)
+}
+
+struct Signals {
+    term: Signal,
+    int: Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        let on = |kind| signal(kind).context("cannot listen for signals");
+        Ok(Self { term: on(SignalKind::terminate())?, int: on(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
+}
+
+/// A daemon that runs.
+struct Daemon {
+    config: DaemonConfig,
+    hub: mpsc::Sender<Input>,
+    heartbeat: watch::Receiver<Heartbeat>,
+    draining: watch::Sender<bool>,
+    stop: Stop,
+    /// Accept loops: they end when their sessions have.
+    accepting: JoinSet<()>,
+    /// Diallers, readiness, key reload: dropped at the end.
+    helping: JoinSet<()>,
+    /// The hub and admin HTTP: they serve to the last.
+    serving: JoinSet<()>,
+}
+
+async fn start(config: DaemonConfig, peers: PeersConfig) -> anyhow::Result<Daemon> {
+    let clock = Clock::start();
+    let hash = config.hash().context("the configuration cannot be written down")?;
+    let keys = Keys::load(&config.tls, &config.token, clock.unix_ms())
+        .map_err(|errors| anyhow::anyhow!("{}", errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")))?;
+    let keys = Arc::new(keys);
+    let names = peers.peers.iter().map(|peer| peer.name.as_str());
+    let metrics = Arc::new(Metrics::new(config.overlay.amnesia, names, &hash)?);
+    metrics.certificate_expiry(keys.current().not_after_ms());
+    let transport = TransportConfig::from(&config.overlay);
+
+    let listen = config.overlay.listen;
+    let listener =
+        Listener::bind(listen, transport, clock).await.with_context(|| format!("overlay.listen: cannot listen on {listen}"))?;
+    let local = LocalListener::bind(&config.unix.socket, &config.unix.allow_uids, &transport, clock).context("unix.socket")?;
+    let metrics_at = config.observability.metrics;
+    let admin_socket =
+        admin::bind(metrics_at).await.with_context(|| format!("observability.metrics: cannot listen on {metrics_at}"))?;
+    let (address, admin_address) = (listener.local_addr()?, admin_socket.local_addr()?);
+
+    let incarnation = incarnation()?;
+    let identity = keys.current().identity().clone();
+    let mut node = Node::new(config.clone(), peers.clone(), identity.clone(), incarnation, clock.now());
+    node.handle_token(keys.current().peer_token());
+
+    let (hub, inputs) = mpsc::channel(QUEUE);
+    let (beats, heartbeat) = watch::channel(Heartbeat::default());
+    let (draining, is_draining) = watch::channel(false);
+    let (report, reported) = watch::channel(Report::default());
+    let stop = Stop { accepting: CancellationToken::new(), all: CancellationToken::new() };
+    let context = Context::new(hub.clone(), keys.verifier(), transport, clock, Arc::clone(&metrics));
+
+    let ups: Vec<watch::Sender<bool>> = peers.peers.iter().map(|_| watch::channel(false).0).collect();
+    let mut helping = JoinSet::new();
+    for (place, peer) in peers.peers.iter().enumerate() {
+        let (peer, up) = (peer.clone(), ups[place].subscribe());
+        helping.spawn(Dialler { place, peer, up, keys: Arc::clone(&keys), context: context.clone() }.run());
+    }
+    let inflight = peers.peers.iter().map(|peer| metrics.inflight(Some(&peer.name))).chain([metrics.inflight(None)]).collect();
+    let mut serving = JoinSet::new();
+    let hub_task = Hub { node, clock, metrics: Arc::clone(&metrics), inflight, inputs, peers: ups, heartbeat: beats };
+    serving.spawn(hub_task.run(stop.all.clone()));
+    let shown = Admin { metrics: Arc::clone(&metrics), report: reported, config_hash: hash, clock };
+    let ended = stop.all.clone();
+    serving.spawn(async move {
+        admin::serve(admin_socket, shown, ended).await;
+    });
+    helping.spawn(
+        Watch {
+            config: config.readiness.clone(),
+            heartbeat: heartbeat.clone(),
+            draining: is_draining,
+            keys: Arc::clone(&keys),
+            clock,
+            report,
+            hub: hub.clone(),
+            metrics: Arc::clone(&metrics),
+        }
+        .run(),
+    );
+    helping.spawn(hand_on_tokens(Arc::clone(&keys), hub.clone()));
+    let (watched, reload_metrics, reload_stop) = (Arc::clone(&keys), Arc::clone(&metrics), stop.all.clone());
+    helping.spawn(async move { watched.watch(reload_metrics, clock, reload_stop).await });
+    let mut accepting = JoinSet::new();
+    accepting.spawn(accept::tls(listener, keys, context.clone(), stop.clone()));
+    accepting.spawn(accept::local(local, context, stop.clone()));
+
+    tracing::info!(
+        name = %peers.name, %identity, %address, admin = %admin_address, socket = %config.unix.socket.display(),
+        peers = peers.peers.len(), version = env!("CARGO_PKG_VERSION"), "listening"
+    );
+    Ok(Daemon { config, hub, heartbeat, draining, stop, accepting, helping, serving })
+}
+
+impl Daemon {
+    async fn run_until(mut self, signals: &mut Signals) -> ExitCode {
+        let failed = tokio::select! {
+            () = signals.next() => false,
+            // None of these ends by itself: a panic took one of them, and without it the
+            // daemon is not what it says it is.
+            _ = self.serving.join_next() => true,
+            _ = self.accepting.join_next() => true,
+        };
+        if failed {
+            tracing::error!("a task that never ends has ended; stopping");
+            return ExitCode::FAILURE;
+        }
+        tracing::info!("stopping: draining");
+        tokio::select! {
+            () = self.drain() => {
+                tracing::info!("stopped");
+                ExitCode::SUCCESS
+            }
+            () = signals.next() => {
+                tracing::warn!("stopped at once by a second signal");
+                ExitCode::FAILURE
+            }
+        }
+    }
+
+    async fn drain(&mut self) {
+        let drain = &self.config.drain;
+        self.draining.send_replace(true);
+        tokio::time::sleep(Duration::from_millis(drain.delay_ms)).await;
+        self.stop.accepting.cancel();
+        let empty = async {
+            if self.hub.send(Input::Drain).await.is_ok() {
+                let _hub_is_gone = self.heartbeat.wait_for(|beat| beat.drained).await;
+            }
+        };
+        if timeout(Duration::from_millis(drain.timeout_ms), empty).await.is_err() {
+            tracing::warn!("the drain timeout passed with messages still queued");
+        }
+        self.stop.all.cancel();
+        self.helping.shutdown().await;
+        while self.accepting.join_next().await.is_some() {}
+        while self.serving.join_next().await.is_some() {}
+    }
+}
+
+/// Gives the hub each new token for peers.
+async fn hand_on_tokens(keys: Arc<Keys>, hub: mpsc::Sender<Input>) {
+    let mut changes = keys.subscribe();
+    while changes.changed().await.is_ok() {
+        let token = changes.borrow_and_update().peer_token();
+        if hub.send(Input::Token(token)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A random number for this process, from the one crypto provider.
+fn incarnation() -> anyhow::Result<Incarnation> {
+    let mut bytes = [0; 8];
+    let random = rustls::crypto::aws_lc_rs::default_provider().secure_random;
+    random.fill(&mut bytes).map_err(|_| anyhow::anyhow!("the system gives no random numbers"))?;
+    Ok(Incarnation(u64::from_be_bytes(bytes)))
+}

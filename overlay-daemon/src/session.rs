@@ -1,0 +1,189 @@
+//! One connection: a reader task that turns bytes into frames for the hub, and a writer task,
+//! the socket's only one (I-2), that sends the batches that the hub gives it. Decides on
+//! deadlines of bytes; every other decision is the hub's.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use overlay_core::codec;
+use overlay_core::frame::{Flags, Frame};
+use overlay_core::grant::Holder;
+use overlay_core::node::{Opening, SessionId};
+use overlay_core::status::{Reason, Refusal, Status};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::clock::Clock;
+use crate::hub::{Batch, Input};
+use crate::kms::{KeyExchangeGroup, Verifier};
+use crate::metrics::Metrics;
+use crate::transport::TransportConfig;
+
+/// Bytes that a read makes room for. A frame that claims more gets more as it comes, never
+/// for its claim alone (attack F1).
+const READ_BYTES: usize = 64 * 1024;
+
+/// What every session needs.
+#[derive(Clone)]
+pub struct Context {
+    /// Where what happens goes.
+    pub hub: mpsc::Sender<Input>,
+    /// Judges capabilities.
+    pub verifier: Verifier,
+    /// Byte deadlines.
+    pub transport: TransportConfig,
+    /// The one clock.
+    pub clock: Clock,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    ids: Arc<AtomicU64>,
+}
+
+impl Context {
+    /// A context whose sessions are numbered from 1.
+    #[must_use]
+    pub fn new(
+        hub: mpsc::Sender<Input>,
+        verifier: Verifier,
+        transport: TransportConfig,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self { hub, verifier, transport, clock, metrics, ids: Arc::new(AtomicU64::new(1)) }
+    }
+
+    /// Runs a session over `stream` until either side ends it. How it is told of: through the
+    /// hub, which hears of its end in every case.
+    pub async fn run<S>(&self, stream: S, opening: Opening, group: Option<KeyExchangeGroup>)
+    where
+        S: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let id = SessionId(self.ids.fetch_add(1, Ordering::Relaxed));
+        let holder = opening.holder.clone();
+        let (writer, batches) = mpsc::channel(1);
+        if self.hub.send(Input::Open { id, opening, group, writer }).await.is_err() {
+            return;
+        }
+        let (read, write) = tokio::io::split(stream);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(Reader { id, holder, context: self.clone() }.run(read));
+        tasks.spawn(send_batches(id, write, batches, self.clone()));
+        // Whichever ends first ends the other: a half-open session helps nobody (attack S2).
+        // Only the reader's end at a broken frame waits for the writer to tell of it.
+        while let Some(ended) = tasks.join_next().await {
+            if !matches!(ended, Ok(Ended::BrokenFrame)) {
+                break;
+            }
+        }
+        tasks.shutdown().await;
+        let _stopping = self.hub.send(Input::Closed(id)).await;
+    }
+}
+
+/// How a task of a session ended.
+enum Ended {
+    /// Nothing more will come, or can be sent.
+    Gone,
+    /// The writer has a refusal to send, and then closes.
+    BrokenFrame,
+}
+
+struct Reader {
+    id: SessionId,
+    holder: Holder,
+    context: Context,
+}
+
+impl Reader {
+    async fn run<R: AsyncRead + Unpin>(self, mut read: R) -> Ended {
+        let mut buf = BytesMut::new();
+        // Set while part of a frame is there: until when the rest must be (I-2).
+        let mut deadline: Option<Instant> = None;
+        loop {
+            match codec::decode(&mut buf) {
+                Ok(Some(frame)) => {
+                    deadline = None;
+                    if !self.hand_over(frame).await {
+                        return Ended::Gone;
+                    }
+                    continue;
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    let _stopping = self.context.hub.send(Input::Broken(self.id, error.status())).await;
+                    return Ended::BrokenFrame;
+                }
+            }
+            if !buf.is_empty() && deadline.is_none() {
+                deadline = Some(self.context.clock.deadline(self.context.transport.read));
+            }
+            buf.reserve(READ_BYTES);
+            let bytes = match deadline {
+                // Between frames there is no hurry: silence is the idle timer's matter.
+                None => read.read_buf(&mut buf).await,
+                Some(at) => match timeout_at(at, read.read_buf(&mut buf)).await {
+                    Ok(read) => read,
+                    Err(_) => {
+                        self.context.metrics.rejected(Reason::Timeout).inc();
+                        return Ended::Gone;
+                    }
+                },
+            };
+            if !matches!(bytes, Ok(1..)) {
+                return Ended::Gone;
+            }
+        }
+    }
+
+    async fn hand_over(&self, mut frame: Frame) -> bool {
+        let at = self.context.clock.deadline(Duration::ZERO);
+        let grant = frame.flags.has(Flags::START).then(|| self.judge(&frame));
+        frame.cap = Bytes::new();
+        self.context.hub.send(Input::Frame { id: self.id, frame, grant, at }).await.is_ok()
+    }
+
+    fn judge(&self, frame: &Frame) -> Result<overlay_core::grant::Grant, Refusal> {
+        if frame.cap.is_empty() {
+            return Err(Refusal::new(Status::Unauthorized, "START carries no capability token"));
+        }
+        self.context.verifier.verify(&frame.cap, &self.holder, self.context.clock.unix_ms())
+    }
+}
+
+/// Sends batches until the hub has no more to give, which closes the connection, or until
+/// the other side does not take them in time.
+async fn send_batches<W: AsyncWrite + Unpin>(
+    id: SessionId,
+    mut write: W,
+    mut batches: mpsc::Receiver<Batch>,
+    context: Context,
+) -> Ended {
+    while let Some(batch) = batches.recv().await {
+        match timeout(context.transport.write, send(&mut write, &batch)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Ended::Gone,
+            Err(_) => {
+                context.metrics.rejected(Reason::Timeout).inc();
+                return Ended::Gone;
+            }
+        }
+        if context.hub.send(Input::Sent(id)).await.is_err() {
+            break;
+        }
+    }
+    let _late = timeout(context.transport.write, write.shutdown()).await;
+    Ended::Gone
+}
+
+async fn send<W: AsyncWrite + Unpin>(write: &mut W, batch: &Batch) -> std::io::Result<()> {
+    let mut out = BytesMut::with_capacity(batch.iter().map(Frame::wire_len).sum());
+    for frame in batch {
+        codec::encode(frame, &mut out).map_err(std::io::Error::other)?;
+    }
+    write.write_all(&out).await?;
+    write.flush().await
+}

@@ -38,7 +38,9 @@ pub(crate) fn foreign_child_stalls(world: &World) -> Result<()> {
     ensure!(world.admin().get(namespace, "statefulset", name)?.is_none(), "pods were made beside the conflict");
 
     world.admin().run(&["delete", "-n", namespace, "configmap", "taken-config"])?;
-    world.condition(namespace, name, "Stalled", ("False", "None"))?;
+    world.node_where(namespace, name, "Stalled=False", |node| {
+        find_condition(node, "Stalled").is_some_and(|stalled| stalled["status"] == "False")
+    })?;
     world.settled(namespace, name)?;
     Ok(())
 }

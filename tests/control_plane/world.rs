@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use overlay_tests::control_plane::ControlPlane;
 use overlay_tests::kubectl::Kubectl;
 use overlay_tests::operator::Operator;
@@ -86,7 +86,7 @@ impl World {
             let node = self.admin().must_get(namespace, "overlaynode", name)?;
             Ok(if holds(&node) { Look::Holds(node) } else { Look::NotYet(node["status"].to_string()) })
         })
-        .with_context(|| tail(&self.operator.borrow().log()))
+        .map_err(|error| anyhow!("{error:#}\nthe operator's log ends:\n{}", tail(&self.operator.borrow().log())))
     }
 
     /// `KIND/NAME` of all that belongs to an OverlayNode, by its label.
@@ -122,7 +122,8 @@ pub(crate) fn find_condition<'a>(node: &'a Value, kind: &str) -> Option<&'a Valu
     node["status"]["conditions"].as_array()?.iter().find(|c| c["type"] == kind)
 }
 
+/// The last lines of a log, each cut to what tells them apart.
 fn tail(log: &str) -> String {
-    let lines: Vec<_> = log.lines().rev().take(20).collect();
+    let lines: Vec<String> = log.lines().rev().take(8).map(|line| line.chars().take(240).collect()).collect();
     lines.into_iter().rev().collect::<Vec<_>>().join("\n")
 }

@@ -1,7 +1,7 @@
 //! `overlay-operator local`: a mesh comes up, carries messages, survives the death of a
 //! member, and leaves nothing behind.
 
-mod mesh;
+pub(crate) mod mesh;
 mod refusals;
 
 use std::fs;

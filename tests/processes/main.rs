@@ -2,3 +2,4 @@
 //! processes die.
 
 mod local;
+mod sessions;

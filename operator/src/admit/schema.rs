@@ -108,11 +108,14 @@ fn without_nulls(value: Value, schema: &Value) -> Value {
 }
 
 /// What an API server checks besides plain JSON Schema: no unknown fields, no element of a
-/// set twice.
+/// set twice, and its own type of whole numbers and strings.
 fn harden(schema: &mut Value) {
     let Some(map) = schema.as_object_mut() else { return };
     if map.contains_key("properties") && !map.contains_key("additionalProperties") {
         map.insert("additionalProperties".into(), false.into());
+    }
+    if map.get("x-kubernetes-int-or-string") == Some(&Value::Bool(true)) {
+        map.insert("anyOf".into(), json!([{ "type": "integer" }, { "type": "string" }]));
     }
     if map.get("x-kubernetes-list-type").and_then(Value::as_str) == Some("set") {
         map.insert("uniqueItems".into(), true.into());

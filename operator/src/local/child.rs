@@ -13,7 +13,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::log::{LineSplitter, Tail};
+use super::log::{LastWords, LineSplitter, Tail};
 use super::runtime_dir;
 
 /// For how long a dead program's last output is waited for.
@@ -54,9 +54,10 @@ pub(super) struct Line {
 #[derive(Debug)]
 pub(super) struct Exit {
     pub(super) daemon: usize,
+    /// Whether it ended by itself with status 0.
+    pub(super) clean: bool,
+    /// How it ended, and what it said before.
     pub(super) reason: String,
-    /// The last lines that it wrote.
-    pub(super) last_words: Option<String>,
 }
 
 /// Runs the program to its end. Dropped before that, the program is killed. Lines that the
@@ -71,7 +72,7 @@ pub(super) async fn run(start: Start, mut orders: watch::Receiver<Order>, lines:
         Ok(child) => child,
         Err(error) => {
             let reason = format!("{} cannot be started: {error}", start.program.display());
-            return Exit { daemon, reason, last_words: None };
+            return Exit { daemon, clean: false, reason };
         }
     };
     if let Some(Err(error)) = child.id().map(|pid| runtime_dir::record_process(&start.folder, pid)) {
@@ -87,8 +88,14 @@ pub(super) async fn run(start: Start, mut orders: watch::Receiver<Order>, lines:
     let status = attend(&mut child, &mut output, &mut orders, start.grace).await;
     // A program that it started may hold the pipes open for ever.
     let _ = timeout(LAST_WORDS, output.drain()).await;
-    let reason = status.map_or_else(|error| format!("cannot be waited for: {error}"), explain);
-    Exit { daemon, reason, last_words: output.tail.reason() }
+    let clean = status.as_ref().is_ok_and(ExitStatus::success);
+    let how = status.map_or_else(|error| format!("cannot be waited for: {error}"), explain);
+    let reason = match output.tail.last_words() {
+        Some(LastWords::Error(error)) => format!("{how}: {error}"),
+        Some(LastWords::Line(line)) => format!("{how}, after its last line: {line}"),
+        None => how,
+    };
+    Exit { daemon, clean, reason }
 }
 
 async fn attend(
@@ -213,20 +220,20 @@ mod tests {
     async fn an_end_has_its_reason_and_last_words() {
         let folder = tempfile::tempdir().unwrap();
         let table = [
-            ("echo fine; echo error: no port >&2; exit 3", "exited with status 3", Some("error: no port")),
-            ("exit 0", "exited with status 0", None),
-            ("kill -9 $$", "killed by signal 9 (SIGKILL)", None),
-            ("printf unfinished; kill -TERM $$", "killed by signal 15 (SIGTERM)", Some("unfinished")),
+            ("echo fine; echo error: no port >&2; exit 3", false, "exited with status 3: error: no port"),
+            ("exit 0", true, "exited with status 0"),
+            ("kill -9 $$", false, "killed by signal 9 (SIGKILL)"),
+            (
+                "printf unfinished; kill -TERM $$",
+                false,
+                "killed by signal 15 (SIGTERM), after its last line: unfinished",
+            ),
         ];
-        for (script, reason, last_words) in table {
+        for (script, clean, reason) in table {
             let (_orders, order) = watch::channel(Order::Run);
             let (lines, _taken) = mpsc::channel(1);
             let exit = run(shell(script, folder.path(), Duration::ZERO), order, lines).await;
-            assert_eq!(
-                (exit.daemon, exit.reason.as_str(), exit.last_words.as_deref()),
-                (7, reason, last_words),
-                "{script}"
-            );
+            assert_eq!((exit.daemon, exit.clean, exit.reason.as_str()), (7, clean, reason), "{script}");
         }
     }
 
@@ -258,7 +265,7 @@ mod tests {
                 assert_eq!(taken.recv().await.unwrap().text, "up");
                 orders.send(order).unwrap();
             });
-            assert_eq!(exit.reason, want, "{order:?}");
+            assert_eq!(exit.reason, format!("{want}, after its last line: up"), "{order:?}");
         }
     }
 

@@ -45,6 +45,15 @@ fn printable(line: &str) -> String {
     line.trim_end().chars().map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c }).collect()
 }
 
+/// What a daemon said before it ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum LastWords {
+    /// It logged an error, which most likely is why.
+    Error(String),
+    /// It logged no error; whether this had to do with the end is not known.
+    Line(String),
+}
+
 /// The last lines of a daemon's output.
 #[derive(Debug, Default)]
 pub(super) struct Tail(VecDeque<String>);
@@ -58,17 +67,22 @@ impl Tail {
         self.0.push_back(line);
     }
 
-    /// What the daemon said last, as a reason: its last error if it logged one, else its last
-    /// line.
-    pub(super) fn reason(&self) -> Option<String> {
-        let error = self.0.iter().rev().find(|line| is_error(line)).or_else(|| self.0.back())?;
-        let mut text = message(error);
+    /// What the daemon said last: its last error if it logged one, else its last line.
+    pub(super) fn last_words(&self) -> Option<LastWords> {
+        match self.0.iter().rev().find(|line| is_error(line)) {
+            Some(error) => Some(LastWords::Error(Self::short(error))),
+            None => self.0.back().map(|line| LastWords::Line(Self::short(line))),
+        }
+    }
+
+    fn short(line: &str) -> String {
+        let mut text = message(line);
         if text.len() > MAX_REASON {
             let end = (0..=MAX_REASON).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
             text.truncate(end);
             text.push('…');
         }
-        Some(text)
+        text
     }
 }
 
@@ -124,32 +138,34 @@ mod tests {
     }
 
     #[test]
-    fn the_reason_is_what_was_said_last() {
-        let table: [(&[&str], Option<&str>); 7] = [
+    fn last_words_are_the_last_error_or_line() {
+        let error = |text: &str| Some(LastWords::Error(text.to_owned()));
+        let line = |text: &str| Some(LastWords::Line(text.to_owned()));
+        let table: [(&[&str], Option<LastWords>); 7] = [
             (&[], None),
-            (&["one", "two"], Some("two")),
+            (&["one", "two"], line("two")),
             (
-                &["error: overlay.toml: line 3: overlay.listen: not an address", "bye"],
-                Some("error: overlay.toml: line 3: overlay.listen: not an address"),
+                &["error: overlay.toml: line 3: not an address", "bye"],
+                error("error: overlay.toml: line 3: not an address"),
             ),
             (
-                &["2026-01-01T00:00:00Z ERROR overlay: port taken", "2026-01-01T00:00:00Z  INFO overlay: bye"],
-                Some("2026-01-01T00:00:00Z ERROR overlay: port taken"),
+                &["2026-01-01T00:00:00Z ERROR overlay: port taken", "bye"],
+                error("2026-01-01T00:00:00Z ERROR overlay: port taken"),
             ),
             (
                 &[
                     r#"{"level":"ERROR","fields":{"message":"cannot bind","address":"127.0.0.1:1"}}"#,
-                    r#"{"level":"INFO","fields":{"message":"bye"}}"#,
+                    r#"{"level":"INFO","message":"bye"}"#,
                 ],
-                Some("cannot bind, address: 127.0.0.1:1"),
+                error("cannot bind, address: 127.0.0.1:1"),
             ),
-            (&[r#"{"level":"INFO","timestamp":"now","message":"flat","port":1}"#], Some("flat, port: 1")),
-            (&[r#"{"level":"INFO","text":"no message"}"#], Some(r#"{"level":"INFO","text":"no message"}"#)),
+            (&[r#"{"level":"INFO","timestamp":"now","message":"flat","port":1}"#], line("flat, port: 1")),
+            (&[r#"{"level":"INFO","text":"no message"}"#], line(r#"{"level":"INFO","text":"no message"}"#)),
         ];
         for (lines, want) in table {
             let mut tail = Tail::default();
             lines.iter().for_each(|line| tail.push((*line).to_owned()));
-            assert_eq!(tail.reason().as_deref(), want, "{lines:?}");
+            assert_eq!(tail.last_words(), want, "{lines:?}");
         }
     }
 
@@ -158,8 +174,8 @@ mod tests {
         let mut tail = Tail::default();
         tail.push("error: long gone".into());
         (0..KEPT_LINES).for_each(|n| tail.push(format!("line {n}")));
-        assert_eq!((tail.0.len(), tail.reason().as_deref()), (KEPT_LINES, Some("line 19")));
+        assert_eq!((tail.0.len(), tail.last_words()), (KEPT_LINES, Some(LastWords::Line("line 19".into()))));
         tail.push("é".repeat(MAX_REASON));
-        assert!(tail.reason().unwrap().len() <= MAX_REASON + '…'.len_utf8());
+        assert!(matches!(tail.last_words(), Some(LastWords::Line(text)) if text.len() <= MAX_REASON + '…'.len_utf8()));
     }
 }

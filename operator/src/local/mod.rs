@@ -38,6 +38,12 @@ use crate::api::OverlayNode;
 use crate::build::names;
 
 /// Run the daemons of OverlayNode manifests on this machine, without a cluster.
+///
+/// The manifests are those of kubectl apply, checked by the same schema and rules. Each daemon
+/// gets free ports on 127.0.0.1; sockets, keys and tokens are in a memory-backed folder that
+/// goes with the run. A daemon that dies is started again after 1 s, doubled at every exit up
+/// to 60 s, and 1 s again once it was ready for 60 s. Ctrl-C drains and stops all of them,
+/// a second one kills them.
 #[derive(Clone, Debug, PartialEq, Eq, clap::Args)]
 pub struct Args {
     /// Manifests: files, folders, or - for standard input.

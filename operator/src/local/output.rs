@@ -34,6 +34,7 @@ pub(super) struct Output<O, E> {
     err: E,
     /// Lines of the table that are on the screen.
     drawn: Vec<String>,
+    size: Size,
     /// Whether the first event was printed: it has to be `ready`.
     began: bool,
     broken: bool,
@@ -42,7 +43,16 @@ pub(super) struct Output<O, E> {
 impl<O: Write, E: Write> Output<O, E> {
     /// `quiet` leaves out what daemons write.
     pub(super) fn new(form: Form, quiet: bool, out: O, err: E) -> Self {
-        Self { form, quiet, out, err, drawn: Vec::new(), began: false, broken: false }
+        Self {
+            form,
+            quiet,
+            out,
+            err,
+            drawn: Vec::new(),
+            size: Size { columns: 80, rows: 24 },
+            began: false,
+            broken: false,
+        }
     }
 
     /// Which form it is.
@@ -98,6 +108,8 @@ impl<O: Write, E: Write> Output<O, E> {
         if self.form != Form::Table {
             return;
         }
+        // A terminal that was resized has wrapped anew what stands on it.
+        self.size = size;
         let lines = crop(lines, size);
         if lines != self.drawn {
             let text = format!("{}{}", self.erase(), lines.iter().map(|line| format!("{line}\n")).collect::<String>());
@@ -114,7 +126,8 @@ impl<O: Write, E: Write> Output<O, E> {
 
     /// Up to the table's first line, and nothing below.
     fn erase(&self) -> String {
-        if self.drawn.is_empty() { String::new() } else { format!("\x1b[{}A\r\x1b[J", self.drawn.len()) }
+        let rows: usize = self.drawn.iter().map(|line| rows(line, self.size)).sum();
+        if rows == 0 { String::new() } else { format!("\x1b[{rows}A\r\x1b[J") }
     }
 
     fn print(&mut self, text: &str) {
@@ -124,15 +137,22 @@ impl<O: Write, E: Write> Output<O, E> {
     }
 }
 
-/// A table that is larger than the terminal could not be drawn in place.
+/// Rows of the terminal that a line takes.
+fn rows(line: &str, size: Size) -> usize {
+    line.chars().count().div_ceil(size.columns.max(1)).max(1)
+}
+
+/// What is taller than the terminal could not be drawn in place: the last lines go.
 fn crop(mut lines: Vec<String>, size: Size) -> Vec<String> {
-    let room = size.rows.saturating_sub(1).max(1);
-    if lines.len() > room {
-        let more = lines.len() - room + 1;
-        lines.truncate(room - 1);
-        lines.push(format!("… {more} more lines: make the terminal larger"));
+    let room = size.rows.saturating_sub(1);
+    let taken = |lines: &[String]| lines.iter().map(|line| rows(line, size)).sum::<usize>();
+    if taken(&lines) > room {
+        while !lines.is_empty() && taken(&lines) + 1 > room {
+            lines.pop();
+        }
+        lines.push(table::fit("… make the terminal larger to see the rest", Some(size.columns)));
     }
-    lines.iter().map(|line| table::fit(line, Some(size.columns))).collect()
+    lines
 }
 
 /// The words for an exit.
@@ -194,23 +214,32 @@ mod tests {
     fn the_table_is_drawn_in_place_and_only_when_it_changed() {
         let mut out = Vec::new();
         let mut output = Output::new(Form::Table, false, &mut out, Vec::new());
-        let size = Size { columns: 10, rows: 4 };
+        let size = Size { columns: 10, rows: 9 };
         let table = |text: &str| vec!["HEAD".to_owned(), text.to_owned()];
         output.draw(table("one"), size);
         output.draw(table("one"), size);
         output.say("news", None);
-        output.draw(table("a line too long"), size);
+        output.draw(table("takes two rows"), size);
+        output.draw(table("one"), size);
         assert_eq!(
             String::from_utf8(out).unwrap(),
-            "HEAD\none\n\x1b[2A\r\x1b[Jnews\nHEAD\none\n\x1b[2A\r\x1b[JHEAD\na line to…\n"
+            "HEAD\none\n\x1b[2A\r\x1b[Jnews\nHEAD\none\n\x1b[2A\r\x1b[JHEAD\ntakes two rows\n\x1b[3A\r\x1b[JHEAD\none\n"
         );
     }
 
     #[test]
-    fn a_table_larger_than_the_terminal_is_cropped() {
-        let lines: Vec<_> = (0..10).map(|n| n.to_string()).collect();
-        let cropped = crop(lines, Size { columns: 80, rows: 5 });
-        assert_eq!(cropped, ["0", "1", "2", "… 7 more lines: make the terminal larger"]);
+    fn what_is_taller_than_the_terminal_is_cropped() {
+        let lines = |count: usize| (0..count).map(|n| format!("line {n:03}")).collect::<Vec<_>>();
+        let more = "… make the terminal larger to see the rest";
+        for (count, columns, rows, want) in
+            [(10, 80, 11, 10), (10, 80, 10, 8), (10, 4, 20, 9), (10, 80, 2, 0), (10, 80, 1, 0)]
+        {
+            let cropped = crop(lines(count), Size { columns, rows });
+            let left = cropped.iter().filter(|line| line.starts_with("line")).count();
+            assert_eq!(left, want, "{count} lines in {columns} by {rows}");
+            assert_eq!(cropped.len() - left, usize::from(want < count));
+            assert!(columns < 80 || want == count || cropped.last().is_some_and(|last| last == more));
+        }
     }
 
     #[test]

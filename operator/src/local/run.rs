@@ -206,10 +206,7 @@ impl<O: Write, E: Write> Run<O, E> {
     fn handle_exit(&mut self, exit: Exit) {
         let now = self.now();
         let member = &mut self.members[exit.daemon];
-        let reason = match exit.last_words {
-            Some(words) => format!("{}: {words}", exit.reason),
-            None => exit.reason,
-        };
+        let reason = exit.reason;
         match member.life.handle_exit(now, reason.clone()) {
             Some(restart_in) => {
                 let words = output::exited(&member.shown, &reason, restart_in);
@@ -219,7 +216,8 @@ impl<O: Write, E: Write> Run<O, E> {
                 self.output.say(&words, Some(&event));
             }
             None => {
-                let words = format!("{} stopped ({reason})", member.shown);
+                let how = if exit.clean { String::new() } else { format!(" ({reason})") };
+                let words = format!("{} stopped{how}", member.shown);
                 self.output.say(&words, None);
             }
         }
@@ -332,7 +330,7 @@ impl<O: Write, E: Write> Run<O, E> {
             return;
         }
         let Some(size) = output::terminal() else { return };
-        let mut lines = table::render(&rows(&self.members), self.now(), None);
+        let mut lines = table::render(&rows(&self.members), self.now(), Some(size.columns));
         if self.was_ready && !self.stopping {
             lines.extend(self.hints());
         }

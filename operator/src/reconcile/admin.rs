@@ -14,10 +14,11 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::metrics::Metrics;
+use super::watch::LAST_RETRY;
 
-/// For so long after its last error a watch that has shown no object since counts as broken.
-/// Twice the longest back-off, so that a watch which keeps failing never looks well in between.
-const BROKEN_FOR: Duration = Duration::from_secs(60);
+/// For so long after its last error a watch that has shown no object since counts as broken:
+/// well beyond [`LAST_RETRY`], so that a watch which keeps failing never looks well in between.
+const BROKEN_FOR: Duration = LAST_RETRY.saturating_mul(3);
 
 /// What the operator watches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,8 +160,8 @@ mod tests {
         }
         assert!(health.missing(at(1)).is_empty());
         health.handle_error(Watch::Service, at(2));
-        assert_eq!(health.missing(at(3)), ["watch Service: broken off"]);
-        assert!(health.missing(at(62)).is_empty(), "quiet for a minute: it was resumed");
+        assert_eq!(health.missing(at(31)), ["watch Service: broken off"]);
+        assert!(health.missing(at(32)).is_empty(), "quiet for so long: it was resumed");
         health.handle_error(Watch::Service, at(70));
         health.handle_event(Watch::Service);
         assert!(health.missing(at(71)).is_empty());

@@ -308,7 +308,11 @@ fn trust_ready(facts: &Facts<'_>) -> Option<Verdict> {
         // Some other problem says nothing about trust: what stood stands.
         _ => find(facts.previous, "TrustReady").map(|c| Verdict {
             holds: c.status == "True",
-            reason: if c.status == "True" { Reason::Issued } else { Reason::CaMissing },
+            reason: match c.reason.as_str() {
+                "CAMissing" => Reason::CaMissing,
+                "CAInvalid" => Reason::CaInvalid,
+                _ => Reason::Issued,
+            },
             message: c.message.clone(),
         }),
     }

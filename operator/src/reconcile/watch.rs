@@ -4,13 +4,14 @@
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
 use kube::runtime::reflector::{self, Store};
-use kube::runtime::utils::PredicateConfig;
+use kube::runtime::utils::{Backoff, PredicateConfig, ResetTimerBackoff};
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::{WatchStreamExt, predicates};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -22,6 +23,13 @@ use super::dereference::Caches;
 use super::metrics::Metrics;
 use crate::api::OverlayNode;
 use crate::build::labels;
+
+/// Before a watch that broke off is first tried again.
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+/// At most: what changed meanwhile is seen this long after the API server is back.
+pub(super) const LAST_RETRY: Duration = Duration::from_secs(10);
+/// A watch that held so long starts over.
+const HELD: Duration = Duration::from_secs(60);
 
 /// Objects that changed.
 type Changes<K> = BoxStream<'static, Result<K, watcher::Error>>;
@@ -79,10 +87,20 @@ impl Seen {
             Err(error) => {
                 self.metrics.watch_errors.inc();
                 self.health.handle_error(self.watch, Instant::now());
-                tracing::warn!(watch = ?self.watch, %error, "the watch broke off, it is tried again");
+                if self.watch == Watch::OverlayNode && is_not_served(error) {
+                    tracing::warn!(
+                        "the API server has no OverlayNodes: install the CRD (overlay-operator crd | kubectl apply -f -)"
+                    );
+                } else {
+                    tracing::warn!(watch = ?self.watch, %error, "the watch broke off, it is tried again");
+                }
             }
         }
     }
+}
+
+fn is_not_served(error: &watcher::Error) -> bool {
+    matches!(error, watcher::Error::InitialListFailed(kube::Error::Api(status)) if status.code == 404)
 }
 
 /// Objects with our label, and those that lost it or went away.
@@ -93,6 +111,25 @@ where
     let config = watcher::Config::default().labels(&format!("{}={}", labels::MANAGED_BY, labels::OPERATOR));
     let (events, store) = events(client, config, seen);
     (events.touched_objects().boxed(), store)
+}
+
+/// [`FIRST_RETRY`], doubling to [`LAST_RETRY`]. No jitter: one operator, five watches.
+#[derive(Default)]
+struct Doubling(u32);
+
+impl Iterator for Doubling {
+    type Item = Duration;
+    fn next(&mut self) -> Option<Duration> {
+        let wait = FIRST_RETRY.saturating_mul(2_u32.saturating_pow(self.0)).min(LAST_RETRY);
+        self.0 = self.0.saturating_add(1);
+        Some(wait)
+    }
+}
+
+impl Backoff for Doubling {
+    fn reset(&mut self) {
+        self.0 = 0;
+    }
 }
 
 fn events<K>(
@@ -106,10 +143,27 @@ where
 {
     let (store, writer) = reflector::store();
     let stream = watcher(Api::<K>::all(client.clone()), config)
-        .default_backoff()
+        .backoff(ResetTimerBackoff::new(Doubling::default(), HELD))
         // Half of an object's bytes say who set which field; nobody here asks.
         .modify(|object| object.managed_fields_mut().clear())
         .reflect(writer)
-        .inspect(move |event| seen.handle(event));
+        .inspect(move |event| seen.handle(event))
+        // Errors end here: the controller would hold back the events of every other watch over
+        // them, when each watch waits for itself already.
+        .filter(|event| std::future::ready(event.is_ok()));
     (stream.boxed(), store)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_slow_down_to_a_bound() {
+        let mut backoff = Doubling::default();
+        let waits: Vec<u128> = backoff.by_ref().take(7).map(|wait| wait.as_millis()).collect();
+        assert_eq!(waits, [500, 1_000, 2_000, 4_000, 8_000, 10_000, 10_000]);
+        backoff.reset();
+        assert_eq!(backoff.next(), Some(FIRST_RETRY));
+    }
 }

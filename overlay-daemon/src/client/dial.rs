@@ -74,10 +74,19 @@ fn hint(error: &ConnectionError) -> &'static str {
 
 /// The errors in the words of the options that gave the files.
 fn options(errors: &[KmsError]) -> String {
-    let text: Vec<String> = errors.iter().map(ToString::to_string).collect();
-    ["certificate", "key", "ca"]
-        .iter()
-        .fold(text.join("\n  "), |text, name| text.replace(&format!("tls.{name}"), &format!("--{name}")))
+    const NAMES: [(&str, &str); 3] = [("tls.certificate", "--certificate"), ("tls.key", "--key"), ("tls.ca", "--ca")];
+    let option =
+        |field: &'static str| NAMES.iter().find(|(name, _)| *name == field).map_or(field, |(_, option)| option);
+    let words = |text: &str| NAMES.iter().fold(text.to_owned(), |text, (name, option)| text.replace(name, option));
+    let line = |error: &KmsError| match error {
+        KmsError::Read { field, path, source } => {
+            format!("{}: cannot read {}: {source}", option(field), path.display())
+        }
+        KmsError::Invalid { field, path, message } => {
+            format!("{}: {}: {}", option(field), path.display(), words(message))
+        }
+    };
+    errors.iter().map(line).collect::<Vec<_>>().join("\n  ")
 }
 
 /// Either kind of byte stream.
@@ -184,7 +193,11 @@ mod tests {
         let Err(error) = remote("127.0.0.1:1", &tls, &local).await else { panic!("connected") };
         let text = error.to_string();
         for option in ["--certificate: ", "--key: ", "--ca: "] {
-            assert!(text.contains(option) && text.contains("/nonexistent/"), "{text}");
+            assert!(text.contains(option), "{text}");
+        }
+        // A file may be called as a field is.
+        for name in ["tls.crt", "tls.key", "ca.crt"] {
+            assert!(text.contains(&format!("/nonexistent/{name}: ")), "{text}");
         }
     }
 }

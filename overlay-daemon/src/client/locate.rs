@@ -28,7 +28,7 @@ const MAX_ENTRIES: usize = 4_096;
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LocateError {
     /// Nobody listens where sockets are looked for.
-    #[error("no daemon found: give --socket PATH, or --connect HOST:PORT, or set OVERLAY_SOCKET. Looked at:{}", list(.0))]
+    #[error("no daemon found on this machine: give --socket PATH or set OVERLAY_SOCKET (pub and sub: or --connect HOST:PORT); looked at:{}", list(.0))]
     NoneFound(Vec<String>),
     /// Several do.
     #[error("several daemons are running; choose one:{}", list(.0))]

@@ -25,7 +25,8 @@ mod protocol_examples;
 mod testing;
 
 pub use args::{
-    Command, KeyExchangePolicy, OutputFormat, PublishArgs, RemoteArgs, SocketArgs, StatusArgs, StatusFormat, SubscribeArgs, TargetArgs,
+    Command, KeyExchangePolicy, OutputFormat, PublishArgs, RemoteArgs, SocketArgs, StatusArgs, StatusFormat,
+    SubscribeArgs, TargetArgs,
 };
 pub use connection::{Connection, ConnectionError, Refused, Stream};
 pub use status::Report;
@@ -90,9 +91,9 @@ pub fn execute(command: Command) -> ExitCode {
     };
     let done = runtime.block_on(async {
         match command {
-            Command::Pub(args) => publish::run(args).await,
-            Command::Sub(args) => subscribe::run(args).await,
-            Command::Status(args) => status::run(args).await,
+            Command::Pub(args) => publish::run(*args).await,
+            Command::Sub(args) => subscribe::run(*args).await,
+            Command::Status(args) => status::run(*args).await,
         }
     });
     // A read of standard input cannot be cancelled; waiting for it would hold the exit up.

@@ -36,7 +36,8 @@ fn examples() -> [(&'static str, Frame); 6] {
     };
     let id = Bytes::copy_from_slice(&envelope.id(TenantId(0)).0);
     let event = Record::Message { hops: 0, envelope, payload };
-    let refusal = Refusal::new(Status::PayloadTooLarge, "a message has at most 1 MiB");
+    let refusal =
+        Refusal::new(Status::PayloadTooLarge, "a published message is at most 1 MiB; larger objects are for put");
     [
         ("hello", request(Flags::REQ, AppProto::CONTROL, 1, hello)),
         ("subscribe", Frame { cap: Bytes::from_static(b"header.claims.signature"), ..start }),

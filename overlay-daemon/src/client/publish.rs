@@ -1,6 +1,7 @@
 //! `pub`: messages from their source to the daemon, and their ids to standard output.
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -28,21 +29,26 @@ pub(super) async fn run(args: PublishArgs) -> Result<(), ClientError> {
     };
     let input = source(args.message, args.file.as_deref(), args.lines).await?;
     let mut session = dial::target(&args.target).await?;
-    let max_inflight = session.welcome.max_inflight;
+    // One under way at a time keeps the order: of several, a later one may be accepted while an
+    // earlier one is told to wait.
+    let max_inflight = if args.unordered { session.welcome.max_inflight } else { 1 };
     publish(&mut session.connection, &session.token, max_inflight, &job, input, &mut tokio::io::stdout()).await?;
     session.connection.close().await;
     Ok(())
 }
 
-async fn source(message: Option<String>, file: Option<&std::path::Path>, lines: bool) -> Result<Input, ClientError> {
+async fn source(message: Option<String>, file: Option<&Path>, lines: bool) -> Result<Input, ClientError> {
+    let usage = |text: &str| Err(ClientError::Usage(text.to_owned()));
     let cut = if lines { Cut::Lines } else { Cut::Whole };
-    match (message, file) {
+    match (message.as_deref(), file) {
         (_, Some(path)) => Input::file(path, cut).await,
-        (Some(text), None) if text != "-" => Ok(Input::argument(text)),
-        (None, None) if std::io::stdin().is_terminal() && !lines => Err(ClientError::Usage(
-            "nothing to publish: give the message as an argument, --file PATH, or '-' to type it".to_owned(),
-        )),
-        _ => Ok(Input::stdin(cut)),
+        (Some("-"), None) => Ok(Input::stdin(cut)),
+        (Some(_), None) if lines => usage("--lines reads standard input or --file PATH, not an argument"),
+        (Some(text), None) => Ok(Input::argument(text.to_owned())),
+        (None, None) if std::io::stdin().is_terminal() => {
+            usage("nothing to publish: give the message as an argument, --file PATH, or '-' to type it")
+        }
+        (None, None) => Ok(Input::stdin(cut)),
     }
 }
 

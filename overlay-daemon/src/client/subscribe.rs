@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 
 use bytes::Bytes;
-use overlay_core::control::Open;
+use overlay_core::control::{MAX_TOPICS, Open};
 use overlay_core::frame::{AppProto, Flags, Frame};
 use overlay_core::identity::{TenantId, Topic};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
@@ -50,6 +50,9 @@ async fn subscribe<S: AsyncRead + AsyncWrite>(
     tenant: TenantId,
     topics: Vec<Topic>,
 ) -> Result<Stream, ClientError> {
+    if topics.len() > MAX_TOPICS {
+        return Err(ClientError::Usage(format!("{} topics; a subscription has at most {MAX_TOPICS}", topics.len())));
+    }
     let names = topics.iter().map(Topic::as_str).collect::<Vec<_>>().join(", ");
     let (stream, _) = connection.open(AppProto::PUBSUB, tenant, token, &Open::Subscribe { topics }).await?;
     eprintln!("subscribed to {names}");

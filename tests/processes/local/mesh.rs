@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use overlay_tests::process::Process;
 use overlay_tests::programs;
 use overlay_tests::wait::{self, Look};
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -26,6 +26,7 @@ pub(crate) struct Daemon {
     pub(crate) name: String,
     pub(crate) namespace: String,
     pub(crate) socket: PathBuf,
+    pub(crate) address: SocketAddr,
     pub(crate) admin: SocketAddr,
 }
 
@@ -211,7 +212,9 @@ pub(crate) fn kill(process: Pid) -> Result<()> {
     Ok(kill_process(process, Signal::KILL)?)
 }
 
-/// Whether a process is there.
+/// Whether a process runs. One that ended and that its parent has not asked about does not.
 pub(crate) fn is_alive(process: Pid) -> bool {
-    test_kill_process(process).is_ok()
+    let stat = fs::read_to_string(format!("/proc/{}/stat", process.as_raw_pid())).unwrap_or_default();
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    state.is_some_and(|state| !"ZX".contains(state))
 }

@@ -14,8 +14,19 @@ use super::single;
 
 const DRAIN: &str = "{delay: 0s, timeout: 1s}";
 
-fn bad(row: &str) -> PathBuf {
-    programs::repository().join("tests/manifests/bad").join(row)
+/// A manifest with this spec, in flow form.
+fn manifest(spec: &str) -> String {
+    format!("apiVersion: overlay.rustyonions.io/v1alpha1\nkind: OverlayNode\nmetadata: {{name: mesh}}\nspec: {spec}\n")
+}
+
+/// Manifests as files, in the order given.
+fn files(texts: &[&str]) -> Result<(tempfile::TempDir, Vec<PathBuf>)> {
+    let folder = tempfile::tempdir()?;
+    let files: Vec<_> = (0..texts.len()).map(|n| folder.path().join(format!("{n}.yaml"))).collect();
+    for (file, text) in files.iter().zip(texts) {
+        fs::write(file, text)?;
+    }
+    Ok((folder, files))
 }
 
 /// Runs to the end, in an empty runtime folder that has to be empty afterwards.
@@ -35,25 +46,35 @@ fn local(program: &std::path::Path, prepare: impl FnOnce(&mut Command) -> Result
 #[test]
 fn bad_input_is_one_clear_message() -> Result<()> {
     let operator = programs::built("overlay-operator")?;
-    let table: [(&str, &[&str]); 6] = [
-        ("unknown-field.yaml", &["unknown-field.yaml", "spec.colour", "document 1"]),
-        ("port-of-70000.yaml", &["spec.transports.tcp.port", "65535"]),
-        ("micronode-without-amnesia.yaml", &["spec", "amnesia"]),
-        ("tab.yaml", &["tab", "line"]),
-        ("empty.yaml", &["empty"]),
-        ("no-such-file.yaml", &["no such file"]),
+    let tab = "apiVersion: overlay.rustyonions.io/v1alpha1\nkind: OverlayNode\nmetadata:\n\tname: mesh\nspec: {}\n";
+    let table: [(&str, &str, &[&str]); 6] = [
+        ("an unknown field", &manifest("{replica: 3}"), &["0.yaml", "document 1", "spec.replica", "unknown field"]),
+        ("a port of 70000", &manifest("{transports: {tcp: {port: 70000}}}"), &["spec.transports.tcp.port", "65535"]),
+        (
+            "a Micronode without amnesia",
+            &manifest("{profile: Micronode, amnesia: false}"),
+            &["spec.amnesia", "Micronode"],
+        ),
+        ("a tab", tab, &["line 4", "tab"]),
+        ("an empty file", "", &["0.yaml", "there is no document", "OverlayNode"]),
+        (
+            "another kind",
+            "apiVersion: v1\nkind: Pod\nmetadata: {name: mesh}\n",
+            &["line 1", "apiVersion", "OverlayNode"],
+        ),
     ];
-    for (row, parts) in table {
+    for (case, text, parts) in table {
+        let (_folder, files) = files(&[text])?;
         let (output, said) = local(&operator, |command| {
-            command.arg(bad(row));
+            command.args(&files);
             Ok(())
         })?;
-        ensure!(output.status.code() == Some(1), "{row}: {}: {said}", output.status);
-        ensure!(said.lines().count() == 1 && said.starts_with("error: "), "{row}: one line: {said}");
+        ensure!(output.status.code() == Some(1), "{case}: {}: {said}", output.status);
+        ensure!(said.lines().count() == 1 && said.starts_with("error: "), "{case}: one line: {said}");
         for part in parts {
-            ensure!(said.contains(part), "{row}: {part} is not named: {said}");
+            ensure!(said.contains(part), "{case}: {part} is not named: {said}");
         }
-        ensure!(output.stdout.is_empty(), "{row}: {}", String::from_utf8_lossy(&output.stdout));
+        ensure!(output.stdout.is_empty(), "{case}: {}", String::from_utf8_lossy(&output.stdout));
     }
     Ok(())
 }
@@ -62,12 +83,23 @@ fn bad_input_is_one_clear_message() -> Result<()> {
 #[test]
 fn every_error_is_told() -> Result<()> {
     let operator = programs::built("overlay-operator")?;
+    let twice = manifest("{}");
+    let (folder, files) = files(&[&manifest("{replicas: 65, gossip: {fanout: 0}}"), &twice, &twice])?;
     let (output, said) = local(&operator, |command| {
-        command.arg(bad("port-of-70000.yaml")).arg(bad("unknown-field.yaml"));
+        command.args(&files[..1]).arg(folder.path().join("missing.yaml"));
         Ok(())
     })?;
-    ensure!(output.status.code() == Some(1) && said.lines().count() == 2, "{said}");
-    ensure!(said.contains("spec.transports.tcp.port") && said.contains("spec.colour"), "{said}");
+    ensure!(output.status.code() == Some(1) && said.lines().count() == 1, "files come first: {said}");
+    ensure!(said.contains("missing.yaml: no such file"), "{said}");
+    let (output, said) = local(&operator, |command| {
+        command.args(&files);
+        Ok(())
+    })?;
+    ensure!(output.status.code() == Some(1) && said.lines().count() == 3, "{said}");
+    for part in ["spec.replicas", "spec.gossip.fanout", "2.yaml: OverlayNode default/mesh: metadata.name: a second one"]
+    {
+        ensure!(said.contains(part), "{part} is not named: {said}");
+    }
     Ok(())
 }
 
@@ -84,9 +116,9 @@ fn operator_alone() -> Result<(tempfile::TempDir, PathBuf)> {
 fn a_missing_daemon_program_is_named_in_all_three_places() -> Result<()> {
     let (folder, alone) = operator_alone()?;
     let (output, said) = local(&alone, |command| {
-        let manifest = folder.path().join("mesh.yaml");
-        fs::write(&manifest, single("mesh", DRAIN))?;
-        command.arg(manifest).env("PATH", "/nowhere");
+        let file = folder.path().join("mesh.yaml");
+        fs::write(&file, single("mesh", DRAIN))?;
+        command.arg(file).env("PATH", "/nowhere");
         Ok(())
     })?;
     ensure!(output.status.code() == Some(1) && said.lines().count() == 1, "{said}");
@@ -106,9 +138,9 @@ fn a_daemon_that_never_gets_ready_fails_the_script() -> Result<()> {
     fs::write(&broken, "#!/bin/sh\necho 'error: nothing works' >&2\nexit 3\n")?;
     fs::set_permissions(&broken, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let (output, said) = local(&alone, |command| {
-        let manifest = folder.path().join("mesh.yaml");
-        fs::write(&manifest, single("mesh", DRAIN))?;
-        command.arg(manifest).args(["--exit-when-ready", "--ready-timeout", "2s"]).env("OVERLAY_DAEMON", &broken);
+        let file = folder.path().join("mesh.yaml");
+        fs::write(&file, single("mesh", DRAIN))?;
+        command.arg(file).args(["--exit-when-ready", "--ready-timeout", "2s"]).env("OVERLAY_DAEMON", &broken);
         Ok(())
     })?;
     ensure!(output.status.code() == Some(1), "{said}");
@@ -148,20 +180,19 @@ fn exit_when_ready() -> Result<()> {
 #[test]
 fn a_dry_run_starts_nothing() -> Result<()> {
     let operator = programs::built("overlay-operator")?;
-    let good = programs::repository().join("tests/manifests/good");
+    let other = single("other", DRAIN);
+    let both = format!("{}---\n{other}", single("mesh", DRAIN));
+    let (_folder, good) = files(&[&both, &single("third", DRAIN)])?;
     let (output, said) = local(&operator, |command| {
-        command
-            .arg(good.join("two-documents.yaml"))
-            .arg(good.join("minimal.yaml"))
-            .arg("--dry-run")
-            .env("PATH", "/nowhere");
+        command.args(&good).arg("--dry-run").env("PATH", "/nowhere");
         Ok(())
     })?;
     ensure!(output.status.success(), "{said}");
     let out = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(out.lines().count() == 3 && out.lines().all(|line| line.contains(" is valid")), "a line each: {out}");
+    let (_folder, mixed) = files(&[&both, &manifest("{replica: 3}")])?;
     let (output, said) = local(&operator, |command| {
-        command.arg(good.join("minimal.yaml")).arg(bad("tab.yaml")).arg("--dry-run");
+        command.args(&mixed).arg("--dry-run");
         Ok(())
     })?;
     ensure!(output.status.code() == Some(1) && output.stdout.is_empty(), "{said}");

@@ -53,7 +53,7 @@ fn reason(status: &OverlayNodeStatus, kind: &str) -> String {
 #[test]
 fn conditions_over_a_life() {
     let stall = |reason| Some(problem(reason));
-    let rows: Vec<(&str, Pods, i32, i64, Option<Problem>, &str, &str)> = vec![
+    let rows = [
         ("nothing there yet", pods(0, 0, 0, false), 3, 1, None, "FTFFT", "Progressing"),
         ("pods made", pods(3, 0, 3, true), 3, 1, None, "FTFFT", "Progressing"),
         ("some ready", pods(3, 2, 3, true), 3, 1, None, "FTFFT", "Progressing"),

@@ -162,7 +162,9 @@ impl Node {
     /// The connection of a session is gone.
     pub fn handle_closed(&mut self, id: SessionId) {
         let Some(mut entry) = self.sessions.remove(&id) else { return };
-        self.deadlines.retain(|(_, session)| *session != id);
+        if let Some(at) = entry.deadline {
+            self.deadlines.remove(&(at, id));
+        }
         entry.session.close();
         self.quota.leave(entry.quota.inflight());
         self.subscriptions.remove_session(id);

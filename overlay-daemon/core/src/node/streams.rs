@@ -3,7 +3,7 @@
 use super::entry::Upload;
 use super::{Clock, Kind, Node, Output, Party, SessionId};
 use crate::control::{MAX_TOPICS, Open, parse};
-use crate::frame::{AppProto, Flags, Frame};
+use crate::frame::{AppProto, CHUNK, Flags, Frame};
 use crate::grant::{Action, Grant, Holder};
 use crate::lanes::Class;
 use crate::record::Record;
@@ -45,6 +45,9 @@ impl Node {
                 Ok(Some(Kind::Publish { topic, grant: Box::new(grant), upload: Upload::None }))
             }
             (AppProto::PUBSUB, Open::Subscribe { topics }) => {
+                if start.flags.has(Flags::END) {
+                    return Err(Refusal::new(Status::BadRequest, "a subscription that ends with its START"));
+                }
                 if topics.is_empty() || topics.len() > MAX_TOPICS {
                     return Err(Refusal::new(Status::BadRequest, "a subscription names 1 to 64 topics"));
                 }
@@ -70,8 +73,12 @@ impl Node {
                 if self.sessions.get(&id).is_none_or(|entry| entry.holder != Holder::Local) {
                     return Err(Refusal::new(Status::Forbidden, "only on the Unix socket"));
                 }
-                let report = self.sessions_report(clock.now);
-                self.push(id, Class::Control, Frame::response(start, 200, true, report));
+                // In frames like any bulk payload: thousands of sessions are over 1 MiB of text.
+                let mut report = self.sessions_report(clock.now);
+                while !report.is_empty() {
+                    let part = report.split_to(report.len().min(CHUNK));
+                    self.push(id, Class::Control, Frame::response(start, 200, report.is_empty(), part));
+                }
                 Ok(None)
             }
             (_, _) => Err(Refusal::new(Status::BadRequest, "this app_proto_id has no such operation")),

@@ -138,3 +138,11 @@ async fn a_subscription_that_ends_is_an_error() {
     .await;
     assert!(done.unwrap_err().contains("not open"), "an event on another stream");
 }
+
+#[tokio::test]
+async fn too_many_topics_are_usage() {
+    let (mut connection, _daemon) = greeted(4).await;
+    let topics = (0..=MAX_TOPICS).map(|n| format!("t{n}").parse().unwrap()).collect();
+    let subscribed = subscribe(&mut connection, &Bytes::from_static(b"a.b.c"), TenantId(0), topics).await;
+    assert!(matches!(subscribed, Err(ClientError::Usage(text)) if text.contains("at most 64")));
+}

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use overlay_core::grant::Holder;
 use overlay_core::node::Opening;
-use overlay_core::status::Reason;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -48,8 +47,11 @@ async fn serve(accepted: Accepted, keys: Arc<Keys>, context: Context) {
     match accepted.handshake(&current).await {
         Ok(connection) => {
             context.metrics.key_exchange(connection.group);
-            let opening =
-                Opening { holder: Holder::Certificate(connection.peer), dialled: None, group: connection.group.label() };
+            let opening = Opening {
+                holder: Holder::Certificate(connection.peer),
+                dialled: None,
+                group: connection.group.label(),
+            };
             context.run(connection.stream, opening, Some(connection.group)).await;
         }
         Err(error) => {
@@ -96,9 +98,4 @@ async fn finish(mut sessions: JoinSet<()>, all: &CancellationToken) {
         () = all.cancelled() => sessions.shutdown().await,
         () = async { while sessions.join_next().await.is_some() {} } => {}
     }
-}
-
-/// Counts a session that a peer's certificate does not entitle to be one.
-pub(crate) fn refuse_identity(context: &Context) {
-    context.metrics.rejected(Reason::Auth).inc();
 }

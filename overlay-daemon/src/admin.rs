@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::metrics::{Metrics, Route, TEXT_FORMAT};
+use crate::transport::EXHAUSTED_PAUSE;
 
 /// Connections at once. Past it the oldest is closed: a probe is answered within
 /// milliseconds, so that the oldest is never one.
@@ -40,8 +41,6 @@ const MAX_HEADERS: usize = 64;
 const MAX_HEAD: usize = 16 * 1_024;
 /// Seconds after which a caller of `/readyz` may look again.
 const RETRY_AFTER_SECONDS: &str = "1";
-/// As for the daemon's own listener: the pause when descriptors have run out.
-const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 /// What the admin endpoint shows.
 pub struct Admin {
@@ -145,10 +144,9 @@ fn router(admin: Arc<Admin>) -> Router {
 }
 
 async fn time(State((admin, route)): State<(Arc<Admin>, Route)>, request: Request, next: Next) -> Response {
-    let from = admin.clock.instant(admin.clock.now());
+    let from = admin.clock.stamp();
     let mut response = next.run(request).await;
-    let to = admin.clock.deadline(Duration::ZERO);
-    admin.metrics.latency(route).observe(to.saturating_duration_since(from).as_secs_f64());
+    admin.metrics.latency(route).observe(from.elapsed().as_secs_f64());
     response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }

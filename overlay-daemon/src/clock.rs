@@ -33,6 +33,12 @@ impl Clock {
         self.zero + Duration::from_millis(at.0.min(FAR))
     }
 
+    /// Now, for what is measured rather than decided on.
+    #[must_use]
+    pub fn stamp(&self) -> Instant {
+        Instant::now()
+    }
+
     /// The instant `after` from now.
     #[must_use]
     pub fn deadline(&self, after: Duration) -> Instant {

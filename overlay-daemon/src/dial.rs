@@ -8,10 +8,10 @@ use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use overlay_core::config::Peer;
 use overlay_core::grant::Holder;
 use overlay_core::node::Opening;
+use overlay_core::status::Reason;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::accept::refuse_identity;
 use crate::kms::Keys;
 use crate::session::Context;
 use crate::transport::{Connection, dial};
@@ -44,11 +44,14 @@ impl Dialler {
         let mut pauses = pauses();
         let mut warned = false;
         while self.up.wait_for(|up| !up).await.is_ok() {
-            let began = self.context.clock.now();
             match self.connect().await {
                 Ok(connection) => {
                     warned = false;
+                    let began = self.context.clock.stamp();
                     self.hold(connection).await;
+                    if began.elapsed() >= GOOD {
+                        pauses = self::pauses();
+                    }
                 }
                 // Once for each time it goes away: a peer may be down for days.
                 Err(error) if !warned => {
@@ -56,9 +59,6 @@ impl Dialler {
                     tracing::warn!(peer = %self.peer.name, %error, "no session with this peer yet; dialling goes on");
                 }
                 Err(error) => tracing::debug!(peer = %self.peer.name, %error, "dialling failed"),
-            }
-            if self.context.clock.now().since(began) >= u64::try_from(GOOD.as_millis()).unwrap_or(u64::MAX) {
-                pauses = self::pauses();
             }
             sleep(pauses.next().unwrap_or(LONGEST)).await;
         }
@@ -69,7 +69,7 @@ impl Dialler {
         let connection = dial(&self.peer.address, &tls, &self.context.transport, self.context.clock).await?;
         self.context.metrics.key_exchange(connection.group);
         if !self.peer.identity.covers(&connection.peer) {
-            refuse_identity(&self.context);
+            self.context.metrics.rejected(Reason::Auth).inc();
             anyhow::bail!("{} answered as {}, not as {}", self.peer.address, connection.peer, self.peer.identity);
         }
         Ok(connection)

@@ -9,8 +9,8 @@ use bytes::Bytes;
 use overlay_core::Millis;
 use overlay_core::control::{Open, parse};
 use overlay_core::frame::{AppProto, Flags, Frame};
-use overlay_core::grant::Grant;
 use overlay_core::gossip::Counts;
+use overlay_core::grant::Grant;
 use overlay_core::node::{Clock as CoreClock, Node, Opening, Output, SessionId};
 use overlay_core::readiness::Report;
 use overlay_core::status::{Refusal, Status};
@@ -112,7 +112,8 @@ impl Hub {
     /// Runs until `stop`, or until nobody is left to say anything.
     pub async fn run(self, stop: CancellationToken) {
         let Self { node, clock, metrics, inflight, mut inputs, peers, heartbeat } = self;
-        let mut turn = Turn { node, clock, metrics, inflight, peers, heartbeat, live: HashMap::new(), counted: Counts::default() };
+        let mut turn =
+            Turn { node, clock, metrics, inflight, peers, heartbeat, live: HashMap::new(), counted: Counts::default() };
         loop {
             let beat = clock.now().after(HEARTBEAT_MS);
             let wake = turn.node.poll_timeout().map_or(beat, |at| at.min(beat));
@@ -251,6 +252,11 @@ impl Turn {
         for (gauge, value) in self.inflight.iter().zip(self.node.inflight()) {
             gauge.set(i64::from(value));
         }
-        self.heartbeat.send_replace(Heartbeat { at: now, pressure: self.node.pressure(), peers: self.node.peers_up(), drained });
+        self.heartbeat.send_replace(Heartbeat {
+            at: now,
+            pressure: self.node.pressure(),
+            peers: self.node.peers_up(),
+            drained,
+        });
     }
 }

@@ -1,21 +1,25 @@
-//! The shell around `overlay-core`: sockets, TLS, keys, admin HTTP, tasks. Modules stand in
-//! the order in which a connection meets them.
+//! The shell around `overlay-core`: sockets, TLS, keys, admin HTTP, tasks.
+//!
+//! [`run`] puts it together. A connection meets [`transport`] and [`kms`] when it is accepted
+//! ([`accept`]) or dialled ([`dial`]), then its own [`session`], whose frames go to the one
+//! [`hub`]. [`readiness`], [`metrics`] and [`admin`] tell of it. [`check`] reads configuration
+//! without starting anything; [`client`] is the other end.
 
+pub mod check;
 pub mod clock;
 pub mod logging;
-pub mod check;
 
 pub mod kms;
 pub mod transport;
 
-pub mod session;
 pub mod accept;
 pub mod dial;
 pub mod hub;
 pub mod readiness;
+pub mod session;
 
-pub mod metrics;
 pub mod admin;
+pub mod metrics;
 
 pub mod run;
 

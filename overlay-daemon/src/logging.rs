@@ -2,7 +2,7 @@
 
 use overlay_core::config::{LogFormat, LogLevel, Observability};
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::util::TryInitError;
+use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 
 /// Sends the process's logs to standard error, from now on. Libraries are heard from `warn`
 /// on only: what they say below that is theirs to choose, and could quote a payload.
@@ -13,7 +13,6 @@ pub fn start(config: &Observability) -> Result<(), TryInitError> {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter(config.log_level)))
         .with_writer(std::io::stderr);
-    use tracing_subscriber::util::SubscriberInitExt;
     match config.log_format {
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).finish().try_init(),
         LogFormat::Text => builder.with_ansi(false).finish().try_init(),

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use overlay_daemon::client;
-use overlay_daemon::run::{RunArgs, run};
 use overlay_daemon::check;
+use overlay_daemon::client;
 use overlay_daemon::clock::Clock;
+use overlay_daemon::run::{RunArgs, run};
 
 /// Post-quantum sessions and bounded gossip: a node of the overlay, and its command-line client.
 #[derive(Debug, Parser)]

@@ -164,8 +164,8 @@ impl Metrics {
         })
     }
 
-    /// Requests not yet answered of a session: resolved once a session. `None` is a session of
-    /// no configured peer.
+    /// Requests not yet answered by a configured peer, or, with `None`, by all other sessions
+    /// together; resolved once, at the start.
     #[must_use]
     pub fn inflight(&self, peer: Option<&str>) -> IntGauge {
         peer.and_then(|peer| self.inflight.get(peer)).unwrap_or(&self.inflight_other).clone()

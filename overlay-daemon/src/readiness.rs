@@ -1,12 +1,12 @@
 //! Gathers the facts that readiness rests on, five times a second, and tells whoever asks.
 //! Runs beside the hub, not in it, so that a hub that hangs shows.
 
-use overlay_core::config::Readiness;
-use overlay_core::readiness::{Facts, Gate, Report};
-use rustix::process::{Resource, getrlimit};
 use std::sync::Arc;
 use std::time::Duration;
 
+use overlay_core::config::Readiness;
+use overlay_core::readiness::{Facts, Gate, Report};
+use rustix::process::{Resource, getrlimit};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -15,6 +15,7 @@ use crate::hub::{Heartbeat, Input};
 use crate::kms::Keys;
 use crate::metrics::Metrics;
 
+/// Between two judgements.
 const EVERY: Duration = Duration::from_millis(200);
 
 /// What readiness is judged by.
@@ -55,7 +56,8 @@ impl Watch {
             self.report.send_replace(report.clone());
             let judged = (report, gate.is_shedding());
             // A hub that is too busy to be told is told at the next tick.
-            if told.as_ref() != Some(&judged) && self.hub.try_send(Input::Readiness(judged.0.clone(), judged.1)).is_ok() {
+            if told.as_ref() != Some(&judged) && self.hub.try_send(Input::Readiness(judged.0.clone(), judged.1)).is_ok()
+            {
                 told = Some(judged);
             }
         }

@@ -50,7 +50,8 @@ pub async fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let (config, peers) = match (check::read_daemon(&args.config), check::read_peers(&args.peers)) {
         (Ok(config), Ok(peers)) => (config, peers),
         (config, peers) => {
-            let errors: Vec<String> = [config.err(), peers.err()].into_iter().flatten().map(|e| e.to_string()).collect();
+            let errors: Vec<String> =
+                [config.err(), peers.err()].into_iter().flatten().map(|e| e.to_string()).collect();
             anyhow::bail!("{}", errors.join("\n"));
         }
     };
@@ -97,21 +98,24 @@ struct Daemon {
 async fn start(config: DaemonConfig, peers: PeersConfig) -> anyhow::Result<Daemon> {
     let clock = Clock::start();
     let hash = config.hash().context("the configuration cannot be written down")?;
-    let keys = Keys::load(&config.tls, &config.token, clock.unix_ms())
-        .map_err(|errors| anyhow::anyhow!("{}", errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")))?;
+    let keys = Keys::load(&config.tls, &config.token, clock.unix_ms()).map_err(|errors| {
+        anyhow::anyhow!("{}", errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
+    })?;
     let keys = Arc::new(keys);
     let names = peers.peers.iter().map(|peer| peer.name.as_str());
     let metrics = Arc::new(Metrics::new(config.overlay.amnesia, names, &hash)?);
-    metrics.certificate_expiry(keys.current().not_after_ms());
     let transport = TransportConfig::from(&config.overlay);
 
     let listen = config.overlay.listen;
-    let listener =
-        Listener::bind(listen, transport, clock).await.with_context(|| format!("overlay.listen: cannot listen on {listen}"))?;
-    let local = LocalListener::bind(&config.unix.socket, &config.unix.allow_uids, &transport, clock).context("unix.socket")?;
+    let listener = Listener::bind(listen, transport, clock)
+        .await
+        .with_context(|| format!("overlay.listen: cannot listen on {listen}"))?;
+    let local =
+        LocalListener::bind(&config.unix.socket, &config.unix.allow_uids, &transport, clock).context("unix.socket")?;
     let metrics_at = config.observability.metrics;
-    let admin_socket =
-        admin::bind(metrics_at).await.with_context(|| format!("observability.metrics: cannot listen on {metrics_at}"))?;
+    let admin_socket = admin::bind(metrics_at)
+        .await
+        .with_context(|| format!("observability.metrics: cannot listen on {metrics_at}"))?;
     let (address, admin_address) = (listener.local_addr()?, admin_socket.local_addr()?);
 
     let incarnation = incarnation()?;
@@ -132,7 +136,8 @@ async fn start(config: DaemonConfig, peers: PeersConfig) -> anyhow::Result<Daemo
         let (peer, up) = (peer.clone(), ups[place].subscribe());
         helping.spawn(Dialler { place, peer, up, keys: Arc::clone(&keys), context: context.clone() }.run());
     }
-    let inflight = peers.peers.iter().map(|peer| metrics.inflight(Some(&peer.name))).chain([metrics.inflight(None)]).collect();
+    let inflight =
+        peers.peers.iter().map(|peer| metrics.inflight(Some(&peer.name))).chain([metrics.inflight(None)]).collect();
     let mut serving = JoinSet::new();
     let hub_task = Hub { node, clock, metrics: Arc::clone(&metrics), inflight, inputs, peers: ups, heartbeat: beats };
     serving.spawn(hub_task.run(stop.all.clone()));

@@ -4,7 +4,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use overlay_core::codec;
@@ -56,8 +55,8 @@ impl Context {
         Self { hub, verifier, transport, clock, metrics, ids: Arc::new(AtomicU64::new(1)) }
     }
 
-    /// Runs a session over `stream` until either side ends it. How it is told of: through the
-    /// hub, which hears of its end in every case.
+    /// Runs a session over `stream` until either side ends it. The hub hears of its beginning
+    /// and, in every case, of its end.
     pub async fn run<S>(&self, stream: S, opening: Opening, group: Option<KeyExchangeGroup>)
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
@@ -140,7 +139,7 @@ impl Reader {
     }
 
     async fn hand_over(&self, mut frame: Frame) -> bool {
-        let at = self.context.clock.deadline(Duration::ZERO);
+        let at = self.context.clock.stamp();
         let grant = frame.flags.has(Flags::START).then(|| self.judge(&frame));
         frame.cap = Bytes::new();
         self.context.hub.send(Input::Frame { id: self.id, frame, grant, at }).await.is_ok()

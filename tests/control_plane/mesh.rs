@@ -29,7 +29,9 @@ pub(crate) fn crd_is_established_and_named(world: &World) -> Result<()> {
     let bytes = fs::metadata(&file)?.len();
     ensure!(bytes < 200 * 1024, "{} is {bytes} bytes, too large for `kubectl apply`", file.display());
     let crd = world.admin().must_get("default", "crd", "overlaynodes.overlay.rustyonions.io")?;
-    for condition in crd["status"]["conditions"].as_array().into_iter().flatten() {
+    let conditions = crd["status"]["conditions"].as_array().context("no conditions")?;
+    ensure!(conditions.iter().any(|condition| condition["type"] == "Established"), "{conditions:?}");
+    for condition in conditions {
         let expected = if condition["type"] == "NonStructuralSchema" { "False" } else { "True" };
         assert_eq!(condition["status"], expected, "{condition}");
     }

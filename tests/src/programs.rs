@@ -1,7 +1,6 @@
 //! Where the programs under test and their data are. It finds them, and never builds.
 
 use std::env;
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -52,11 +51,5 @@ impl Kubernetes {
     /// One of them.
     pub fn program(&self, name: &str) -> PathBuf {
         self.folder.join(name)
-    }
-
-    /// `PATH` with these programs first.
-    pub fn path(&self) -> Result<OsString> {
-        let rest = env::var_os("PATH").unwrap_or_default();
-        Ok(env::join_paths(std::iter::once(self.folder.clone()).chain(env::split_paths(&rest)))?)
     }
 }

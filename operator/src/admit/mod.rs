@@ -1,6 +1,7 @@
 //! Admission without an API server: what `kubectl apply` would refuse is refused here, by
-//! the same schema, the same defaults and the same rules, and nothing else is: but for documents that are not
-//! OverlayNodes, and keys that stand twice in a document, of which kubectl takes the last.
+//! the same schema, the same defaults and the same rules, and nothing else is, save documents
+//! that are not OverlayNodes, and keys that stand twice in a document, of which kubectl takes
+//! the last.
 //!
 //! Decides whether text is a list of valid OverlayNodes; never what they mean.
 

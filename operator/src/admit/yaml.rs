@@ -190,7 +190,6 @@ impl<'de> Visitor<'de> for NodeVisitor {
         const EXACT: f64 = 9_007_199_254_740_992.0;
         if v.fract() == 0.0 && v.abs() <= EXACT {
             // `3.0` and `1e1` reach an API server as 3 and 10.
-            #[allow(clippy::cast_possible_truncation)]
             return Ok(Node::Scalar((v as i64).into()));
         }
         Number::from_f64(v).map(|n| Node::Scalar(n.into())).ok_or_else(|| E::custom("not a finite number"))

@@ -301,7 +301,7 @@ pub struct Logging {
 /// A log's threshold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
+#[allow(missing_docs, reason = "each name says it; a doc would change the schema")]
 pub enum LogLevel {
     Error,
     Warn,
@@ -313,7 +313,7 @@ pub enum LogLevel {
 
 /// A log's form.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[allow(missing_docs)]
+#[allow(missing_docs, reason = "each name says it; a doc would change the schema")]
 pub enum LogFormat {
     #[default]
     #[serde(rename = "JSON")]

@@ -34,7 +34,7 @@ pub struct Image {
 
 /// When the kubelet pulls an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[allow(missing_docs)]
+#[allow(missing_docs, reason = "Kubernetes's own words; a doc would change the schema")]
 pub enum PullPolicy {
     Always,
     IfNotPresent,

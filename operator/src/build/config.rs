@@ -92,7 +92,7 @@ fn gossip(node: &OverlayNode, out: &mut config::Gossip) {
 /// left while a rolling change replaces one, or the change could not go on.
 #[must_use]
 pub fn min_peers(node: &OverlayNode) -> u32 {
-    let peers = replicas(node).saturating_sub(1);
+    let peers = names::replicas(node).saturating_sub(1);
     node.spec.readiness.min_peers.min(peers.saturating_sub(MAX_UNAVAILABLE))
 }
 
@@ -104,7 +104,7 @@ pub fn peers_config(
     ordinal: u32,
     address_of: impl Fn(u32) -> String,
 ) -> PeersConfig {
-    let peers = (0..replicas(node)).filter(|other| *other != ordinal).map(|other| Peer {
+    let peers = (0..names::replicas(node)).filter(|other| *other != ordinal).map(|other| Peer {
         name: names::daemon(node, other),
         address: address_of(other),
         identity: identity.clone(),
@@ -134,10 +134,6 @@ pub fn effective(node: &OverlayNode, image: Option<String>) -> Effective {
             dedupe_entries: gossip.dedupe_entries.into(),
         },
     }
-}
-
-fn replicas(node: &OverlayNode) -> u32 {
-    u32::try_from(node.spec.replicas).unwrap_or(0)
 }
 
 #[cfg(test)]

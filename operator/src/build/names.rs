@@ -20,14 +20,8 @@ pub const SESSION_PORT: &str = "overlay";
 pub const ADMIN_PORT: &str = "overlay-admin";
 /// The shared configuration file.
 pub const CONFIG_FILE: &str = "overlay.toml";
-/// The label that says whose an object is; its value is the OverlayNode's name.
-pub const NAME_LABEL: &str = "overlay.rustyonions.io/name";
-/// The label that says what looks after an object.
-pub const MANAGED_BY_LABEL: &str = "app.kubernetes.io/managed-by";
-/// Its value, and the field manager of every write.
-pub const MANAGED_BY: &str = "overlay-operator";
-/// The annotation with the hash of the configuration that a pod is to run.
-pub const CONFIG_HASH_ANNOTATION: &str = "overlay.rustyonions.io/config-hash";
+/// Bytes of a trust domain (the SPIFFE-ID specification, section 2.1).
+const MAX_TRUST_DOMAIN: usize = 255;
 
 /// The OverlayNode's own name: its StatefulSet, its ServiceAccount and its client Service
 /// have it too.
@@ -40,6 +34,23 @@ pub fn name(node: &OverlayNode) -> &str {
 #[must_use]
 pub fn namespace(node: &OverlayNode) -> &str {
     node.metadata.namespace.as_deref().unwrap_or(DEFAULT_NAMESPACE)
+}
+
+/// Its daemons; none where the number makes no sense.
+#[must_use]
+pub fn replicas(node: &OverlayNode) -> u32 {
+    u32::try_from(node.spec.replicas).unwrap_or(0)
+}
+
+/// A trust domain as an option gives it.
+///
+/// # Errors
+/// What it must be.
+pub fn trust_domain(text: &str) -> Result<String, String> {
+    if text.len() <= MAX_TRUST_DOMAIN && SpiffeId::overlay_node(text, "namespace", "name").is_ok() {
+        return Ok(text.to_owned());
+    }
+    Err(format!("must be 1 to {MAX_TRUST_DOMAIN} lowercase letters, digits, '.', '-' and '_', such as example.org"))
 }
 
 /// Its identity, which its daemons share.

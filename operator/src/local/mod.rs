@@ -27,8 +27,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
-use overlay_core::identity::SpiffeId;
-
 use self::events::Event;
 use self::output::{Form, Output};
 use self::run::{Goal, Outcome, Run, Signals};
@@ -65,7 +63,7 @@ pub struct Args {
     #[arg(long)]
     pub quiet: bool,
     /// The trust domain of the daemons' identities.
-    #[arg(long, value_name = "DOMAIN", default_value = names::DEFAULT_TRUST_DOMAIN, value_parser = trust_domain)]
+    #[arg(long, value_name = "DOMAIN", default_value = names::DEFAULT_TRUST_DOMAIN, value_parser = names::trust_domain)]
     pub trust_domain: String,
 }
 
@@ -163,18 +161,6 @@ fn duration(text: &str) -> Result<Duration, String> {
     let duration: crate::api::Duration = text.parse().map_err(|error: crate::api::DurationError| error.to_string())?;
     Ok(duration.get())
 }
-
-fn trust_domain(text: &str) -> Result<String, String> {
-    let fits = text.len() <= MAX_TRUST_DOMAIN && SpiffeId::overlay_node(text, "namespace", "name").is_ok();
-    if fits {
-        Ok(text.to_owned())
-    } else {
-        Err(format!("must be 1 to {MAX_TRUST_DOMAIN} lowercase letters, digits, '-', '_' and '.'"))
-    }
-}
-
-/// Bytes of a trust domain (the SPIFFE-ID specification, section 2.1).
-const MAX_TRUST_DOMAIN: usize = 255;
 
 #[cfg(test)]
 mod tests;

@@ -69,11 +69,7 @@ pub(super) struct Daemon {
 
 /// Daemons that `nodes` call for.
 pub(super) fn count(nodes: &[OverlayNode]) -> usize {
-    nodes.iter().map(|node| replicas(node) as usize).sum()
-}
-
-fn replicas(node: &OverlayNode) -> u32 {
-    u32::try_from(node.spec.replicas).unwrap_or(0)
+    nodes.iter().map(|node| names::replicas(node) as usize).sum()
 }
 
 /// Lays out `nodes` under `root`, in their order and then by ordinal; each daemon takes
@@ -96,7 +92,7 @@ pub(super) fn daemons(
     for (index, node) in nodes.iter().enumerate() {
         let identity = names::identity(node, trust_domain)
             .map_err(|_| PlanError::TrustDomain { trust_domain: trust_domain.to_owned() })?;
-        let addresses: Vec<_> = pairs.by_ref().take(replicas(node) as usize).collect();
+        let addresses: Vec<_> = pairs.by_ref().take(names::replicas(node) as usize).collect();
         for (ordinal, at) in (0..).zip(&addresses) {
             daemons.push(daemon(node, index, &identity, ordinal, &addresses, *at, root)?);
         }

@@ -22,7 +22,6 @@ const BROKEN_FOR: Duration = LAST_RETRY.saturating_mul(3);
 
 /// What the operator watches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
 pub(super) enum Watch {
     OverlayNode,
     StatefulSet,

@@ -25,7 +25,7 @@ impl Backoff {
         let mut failures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         failures.retain(|node, _| existing.get(node).is_some());
         let count = failures.entry(ObjectRef::from_obj(node)).or_insert(0);
-        let wait = delay(*count);
+        let wait = doubled(FIRST, *count, LONGEST);
         *count = count.saturating_add(1);
         wait
     }
@@ -36,8 +36,9 @@ impl Backoff {
     }
 }
 
-fn delay(failures: u32) -> Duration {
-    FIRST.saturating_mul(2_u32.saturating_pow(failures)).min(LONGEST)
+/// `first`, doubled so many times, and never more than `longest`.
+pub(super) fn doubled(first: Duration, times: u32, longest: Duration) -> Duration {
+    first.saturating_mul(2_u32.saturating_pow(times)).min(longest)
 }
 
 #[cfg(test)]
@@ -46,7 +47,7 @@ mod tests {
 
     #[test]
     fn doubles_to_a_minute() {
-        let seconds: Vec<u64> = [0, 1, 2, 5, 6, 31, 32, u32::MAX].map(|n| delay(n).as_secs()).into();
+        let seconds: Vec<u64> = [0, 1, 2, 5, 6, 31, 32, u32::MAX].map(|n| doubled(FIRST, n, LONGEST).as_secs()).into();
         assert_eq!(seconds, [1, 2, 4, 32, 60, 60, 60, 60]);
     }
 

@@ -45,7 +45,6 @@ use std::time::Duration;
 use futures::{FutureExt, StreamExt};
 use kube::Client;
 use kube::runtime::controller::{self, Action, Controller};
-use overlay_core::identity::SpiffeId;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
@@ -76,7 +75,7 @@ pub struct Args {
     #[arg(long, env = "POD_NAMESPACE", default_value = "overlay-system")]
     pub namespace: String,
     /// Trust domain of every identity; changing it later reissues all certificates
-    #[arg(long, env = "OVERLAY_TRUST_DOMAIN", default_value = names::DEFAULT_TRUST_DOMAIN, value_parser = trust_domain)]
+    #[arg(long, env = "OVERLAY_TRUST_DOMAIN", default_value = names::DEFAULT_TRUST_DOMAIN, value_parser = names::trust_domain)]
     pub trust_domain: String,
     /// Image of OverlayNodes without spec.image
     #[arg(long, env = "OVERLAY_DAEMON_IMAGE", default_value = concat!("overlay-daemon:", env!("CARGO_PKG_VERSION")))]
@@ -109,13 +108,6 @@ impl std::str::FromStr for EnvFilterText {
     type Err = tracing_subscriber::filter::ParseError;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         EnvFilter::try_new(text).map(|_| Self(text.to_owned()))
-    }
-}
-
-fn trust_domain(text: &str) -> Result<String, String> {
-    match SpiffeId::overlay_node(text, "namespace", "name") {
-        Ok(_) => Ok(text.to_owned()),
-        Err(_) => Err("must be lowercase letters, digits, '.', '-' and '_', such as example.org".to_owned()),
     }
 }
 

@@ -110,17 +110,16 @@ async fn dereference_secrets(context: &Context, node: &OverlayNode) -> Result<St
 /// The schema and its rules were checked when the spec was stored, perhaps under an older
 /// schema: what pods would fail on is caught here, before they are rolled.
 fn validate(context: &Context, node: &OverlayNode) -> Result<Valid, Problem> {
-    let (namespace, name) = (names::namespace(node), names::name(node));
-    let identity = SpiffeId::overlay_node(&context.trust_domain, namespace, name).map_err(|e| invalid(&e))?;
+    let identity = names::identity(node, &context.trust_domain).map_err(|e| invalid(&e))?;
     let config = build::daemon_config(node, &Placement::pod(node));
     let text = config.to_toml().map_err(|e| invalid(&e))?;
     if let Err(errors) = config::daemon(&text) {
         let all: Vec<String> = errors.iter().map(ToString::to_string).collect();
         return Err(invalid(&all.join("; ")));
     }
-    let replicas = u32::try_from(node.spec.replicas).unwrap_or(0);
     let address = |ordinal| names::pod_address(node, ordinal);
-    let peers = (0..replicas).map(|ordinal| build::peers_config(node, &identity, ordinal, address)).collect();
+    let ordinals = 0..names::replicas(node);
+    let peers = ordinals.map(|ordinal| build::peers_config(node, &identity, ordinal, address)).collect();
     Ok(Valid { identity, config, peers, image: build::image(node, &context.daemon_image) })
 }
 

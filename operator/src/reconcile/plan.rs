@@ -11,6 +11,7 @@ use std::fmt;
 use serde_json::{Map, Value, json};
 
 use super::quantity;
+use crate::api::{GROUP, KIND};
 use crate::build::labels;
 
 /// The annotation with the digest of what was last applied.
@@ -19,7 +20,6 @@ pub(super) const DIGEST: &str = "overlay.rustyonions.io/applied";
 /// The kinds of object that an OverlayNode owns, in the order in which they are applied:
 /// what pods need stands before the pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[allow(missing_docs)]
 pub(super) enum Kind {
     ServiceAccount,
     Secret,
@@ -151,10 +151,8 @@ fn check_owner(wanted: &Wanted, live: &Value, owner: Owner<'_>) -> Result<(), Ob
         return Ok(());
     }
     let text = |key: &str| controller[key].as_str().unwrap_or_default().to_owned();
-    if text("kind") == "OverlayNode"
-        && text("name") == owner.name
-        && text("apiVersion").starts_with("overlay.rustyonions.io/")
-    {
+    let group = text("apiVersion").split_once('/').map(|(group, _)| group.to_owned());
+    if text("kind") == KIND && text("name") == owner.name && group.as_deref() == Some(GROUP) {
         return Err(Obstacle::Leftover { kind, name });
     }
     Err(Obstacle::Taken { kind, name, by: Some(format!("{}/{}", text("kind"), text("name"))) })

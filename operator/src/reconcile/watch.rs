@@ -19,6 +19,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use super::admin::{Health, Watch};
+use super::backoff::doubled;
 use super::dereference::Caches;
 use super::metrics::Metrics;
 use crate::api::OverlayNode;
@@ -120,7 +121,7 @@ struct Doubling(u32);
 impl Iterator for Doubling {
     type Item = Duration;
     fn next(&mut self) -> Option<Duration> {
-        let wait = FIRST_RETRY.saturating_mul(2_u32.saturating_pow(self.0)).min(LAST_RETRY);
+        let wait = doubled(FIRST_RETRY, self.0, LAST_RETRY);
         self.0 = self.0.saturating_add(1);
         Some(wait)
     }

@@ -243,7 +243,8 @@ impl<K> Session<K> {
             self.pinged = None;
             return Ok(Event::Nothing);
         }
-        let ours = self.streams.get(&frame.corr_id).is_some_and(|stream| stream.ours && stream.app == frame.app);
+        let of = (frame.app, frame.tenant);
+        let ours = self.streams.get(&frame.corr_id).is_some_and(|stream| stream.ours && (stream.app, stream.tenant) == of);
         match (ours, frame.code) {
             (true, _) => Ok(Event::Answer(frame)),
             // A refusal is never answered by another, or two sides would do so for ever.
@@ -310,7 +311,8 @@ impl<K> Session<K> {
             State::Idle | State::Handshake => return Ok(Tick::Nothing),
             State::Active | State::Backoff => {}
         }
-        let unanswered = self.pinged.is_some_and(|at| now.since(at) >= idle && self.heard <= at);
+        // Whatever else is heard answers a ping as well, and `poll_timeout` counts from the same.
+        let unanswered = self.pinged.is_some_and(|at| now.since(at.max(self.heard)) >= idle);
         if unanswered || now.since(self.active) >= idle {
             return Err(Reason::Timeout);
         }
@@ -338,7 +340,7 @@ impl<K> Session<K> {
                 let end = self.active.after(idle);
                 let ping = match (self.role, self.pinged) {
                     (Role::Dialler, None) => Some(self.heard.after(idle / 3)),
-                    (Role::Dialler, Some(at)) => Some(at.after(idle)),
+                    (Role::Dialler, Some(at)) => Some(at.max(self.heard).after(idle)),
                     (Role::Acceptor, _) => None,
                 };
                 [Some(end), ping, self.resume].into_iter().flatten().min()

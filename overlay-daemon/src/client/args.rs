@@ -95,8 +95,8 @@ pub struct PublishArgs {
     /// How often in a row to wait and try again where the daemon says 429 or 503
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(0..=1_000))]
     pub retries: u32,
+    /// Which daemon.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub target: TargetArgs,
 }
 
@@ -118,8 +118,8 @@ pub struct SubscribeArgs {
     /// End after so long, such as 500ms, 10s, 5m or 1h; with --count, exit 1 if they have not all come
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub timeout: Option<Duration>,
+    /// Which daemon.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub target: TargetArgs,
 }
 
@@ -129,8 +129,8 @@ pub struct StatusArgs {
     /// How it is written
     #[arg(long, short = 'o', value_enum, default_value_t = StatusFormat::Table)]
     pub output: StatusFormat,
+    /// By its socket.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub local: SocketArgs,
 }
 
@@ -169,11 +169,11 @@ pub struct SocketArgs {
 /// A daemon anywhere.
 #[derive(Clone, Debug, Default, Args)]
 pub struct TargetArgs {
+    /// By its socket.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub local: SocketArgs,
+    /// By its address.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub remote: RemoteArgs,
 }
 

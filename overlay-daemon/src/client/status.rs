@@ -36,46 +36,62 @@ pub struct Report {
 
 /// A daemon's names.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[allow(missing_docs)]
 pub struct DaemonReport {
+    /// As its peers call it.
     pub name: String,
+    /// Its certificate's SPIFFE id.
     pub identity: String,
+    /// Which start of it this is: 16 hexadecimal digits.
     pub incarnation: String,
+    /// Of its program.
     pub version: String,
 }
 
 /// A readiness condition.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[allow(missing_docs)]
 pub struct ConditionReport {
+    /// Which one.
     pub name: String,
+    /// Whether it is met.
     pub ok: bool,
+    /// Where it stands, in words.
     #[serde(default)]
     pub reason: Option<String>,
 }
 
 /// A session.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[allow(missing_docs)]
 pub struct SessionReport {
+    /// Its number in this daemon, from 1.
     pub id: u64,
+    /// `peer`, `client` or `local`.
     pub kind: String,
+    /// A peer's name.
     pub peer: Option<String>,
+    /// The certificate's SPIFFE id, or `local`.
     pub identity: String,
+    /// Of the session machine.
     pub state: String,
+    /// Whether the daemon dialled: `in` or `out`.
     pub direction: String,
+    /// The key exchange: `hybrid`, `classical`, or `none` on the Unix socket.
     pub group: String,
+    /// Milliseconds since it was opened.
     pub age_ms: u64,
+    /// Milliseconds since a frame went either way.
     pub idle_ms: u64,
+    /// Frames that wait to be sent.
     pub queued_frames: u64,
+    /// Streams that are open.
     pub streams: u64,
 }
 
 /// The messages that are held.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[allow(missing_docs)]
 pub struct MessagesReport {
+    /// Messages.
     pub held: u64,
+    /// Their payloads' bytes.
     pub bytes: u64,
 }
 

@@ -4,6 +4,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, EncodingKey};
 use overlay_core::config::{KeyExchange, Tls, Token};
 use rcgen::{
@@ -102,14 +104,7 @@ pub(crate) fn local_claims() -> Value {
 }
 
 pub(crate) fn base64url(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
-    let mut text = String::new();
-    for group in bytes.chunks(3) {
-        let bits = group.iter().fold(0_u32, |bits, b| bits << 8 | u32::from(*b)) << (8 * (3 - group.len()));
-        let digits = (0..=group.len()).map(|i| char::from(DIGITS[(bits >> (18 - 6 * i)) as usize & 63]));
-        text.extend(digits);
-    }
-    text
+    URL_SAFE_NO_PAD.encode(bytes)
 }
 
 /// A folder laid out as the kubelet lays out a volume: names that point through a link, which

@@ -172,7 +172,7 @@ impl KeySet {
         let [certificate, key, ca, token_keys, peer_token] = contents.files;
         let tls = tls::Material::parse(sources, &certificate, &key, &ca, unix_ms);
         let keys = TokenKeys::parse(&token_keys).map_err(|message| vec![sources.token_keys.invalid(message)]);
-        let token = parse_peer_token(&peer_token).map_err(|message| vec![sources.peer_token.invalid(message)]);
+        let token = parse_token(&peer_token).map_err(|message| vec![sources.peer_token.invalid(message)]);
         match (tls, keys, token) {
             (Ok(tls), Ok(token_keys), Ok(peer_token)) => {
                 let (server, client) = tls.configs().map_err(|e| vec![sources.certificate.invalid(e)])?;
@@ -251,12 +251,12 @@ pub fn client_config(tls: &config::Tls, unix_ms: u64) -> Result<(Arc<ClientConfi
 /// The file cannot be read, or does not hold a token's text.
 pub fn read_token(field: &'static str, path: &Path) -> Result<Bytes, KmsError> {
     let source = Source { field, path };
-    let token = parse_peer_token(&source.read()?).map_err(|message| source.invalid(message))?;
+    let token = parse_token(&source.read()?).map_err(|message| source.invalid(message))?;
     Ok(Bytes::copy_from_slice(&token))
 }
 
 /// A token's text, as far as who merely presents it can judge.
-fn parse_peer_token(bytes: &[u8]) -> Result<Zeroizing<Vec<u8>>, String> {
+fn parse_token(bytes: &[u8]) -> Result<Zeroizing<Vec<u8>>, String> {
     let text = bytes.trim_ascii();
     if text.is_empty() {
         return Err("is empty, must hold a token".into());

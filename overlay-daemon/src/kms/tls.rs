@@ -198,6 +198,16 @@ fn verify_chain(
     provider: &CryptoProvider,
 ) -> Result<(), Error> {
     let (leaf, intermediates) = chain.split_first().ok_or(Error::NoCertificatesPresented)?;
+    verify_leaf(leaf, intermediates, roots, now, provider)
+}
+
+fn verify_leaf(
+    leaf: &CertificateDer<'_>,
+    intermediates: &[CertificateDer<'_>],
+    roots: &RootCertStore,
+    now: UnixTime,
+    provider: &CryptoProvider,
+) -> Result<(), Error> {
     let leaf = ParsedCertificate::try_from(leaf)?;
     let algorithms = provider.signature_verification_algorithms.all;
     verify_server_cert_signed_by_trust_anchor(&leaf, roots, intermediates, now, algorithms)
@@ -238,9 +248,7 @@ impl ServerCertVerifier for ChainVerifier {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let leaf = ParsedCertificate::try_from(end_entity)?;
-        let algorithms = self.provider.signature_verification_algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(&leaf, &self.roots, intermediates, now, algorithms)?;
+        verify_leaf(end_entity, intermediates, &self.roots, now, &self.provider)?;
         Ok(ServerCertVerified::assertion())
     }
 

@@ -4,7 +4,6 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustls::server::Acceptor;
 use tokio::net::{TcpListener, TcpStream};
@@ -13,13 +12,9 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_rustls::{LazyConfigAcceptor, TlsStream};
 
 use super::pending::{MAX_PENDING, Pending, Place};
-use super::{Connection, HandshakeError, TransportConfig};
+use super::{Connection, EXHAUSTED_PAUSE, HandshakeError, TransportConfig};
 use crate::clock::Clock;
 use crate::kms::{ALPN, KeySet};
-
-/// How long to wait once the system has no descriptor or memory for another connection: an
-/// accept loop without it spins (attack S3).
-const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 /// A listening TCP socket.
 pub struct Listener {

@@ -27,6 +27,10 @@ pub use listen::{Accepted, Listener};
 pub use pending::MAX_PENDING;
 pub use unix::{LocalConnection, LocalError, LocalListener};
 
+/// How long an accept loop waits once the system has no descriptor or memory for another
+/// connection: one without it spins (attack S3).
+pub const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
 /// The timeouts and caps of a transport (I-2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TransportConfig {

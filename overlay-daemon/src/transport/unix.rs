@@ -12,13 +12,11 @@ use overlay_core::status::Reason;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{Instant, sleep_until};
 
-use super::TransportConfig;
+use super::{EXHAUSTED_PAUSE, TransportConfig};
 use crate::clock::Clock;
 
 /// Owner and group may connect, nobody else.
 const MODE: u32 = 0o660;
-/// As for TCP: the pause when descriptors have run out.
-const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why there is no socket, or no connection.
 #[derive(Debug, thiserror::Error)]

@@ -89,8 +89,8 @@ impl Assemblies {
     }
 
     /// A chunk came. Gives every message that it made whole; a payload that does not verify
-    /// is dropped, and its links are given as false.
-    pub(super) fn add(&mut self, tenant: TenantId, piece: &Piece, now: Millis) -> Vec<Result<Whole, LinkSet>> {
+    /// is dropped; whoever said that they have it is given instead.
+    pub(super) fn add(&mut self, tenant: TenantId, piece: &Piece, now: Millis) -> Vec<Result<Whole, (MessageId, LinkSet)>> {
         let mut done = Vec::new();
         for (id, assembly) in &mut self.0 {
             if assembly.tenant != tenant || assembly.envelope.hash != piece.hash || assembly.expected(piece.index) != piece.bytes.len() {
@@ -126,9 +126,9 @@ impl Assemblies {
     }
 }
 
-fn finish(id: MessageId, assembly: Assembly) -> Result<Whole, LinkSet> {
+fn finish(id: MessageId, assembly: Assembly) -> Result<Whole, (MessageId, LinkSet)> {
     if !assembly.verify() {
-        return Err(assembly.holders);
+        return Err((id, assembly.holders));
     }
     let Assembly { tenant, hops, envelope, pieces, from, holders, .. } = assembly;
     Ok(Whole { id, from, holders, tenant, hops, envelope, pieces: pieces.into_iter().flatten().collect() })

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::Millis;
+
 /// Links that one daemon may have: one for each configured peer.
 pub const MAX_LINKS: usize = crate::config::MAX_PEERS;
 
@@ -47,6 +49,8 @@ struct Link {
     eager: bool,
     /// Held messages before this position were pushed or announced to it, or came by it.
     cursor: u64,
+    /// Nothing more is announced to it before.
+    paused: Option<Millis>,
 }
 
 #[derive(Debug)]
@@ -63,7 +67,7 @@ impl Links {
     pub(super) fn add(&mut self, cursor: u64) -> Option<LinkId> {
         let free = (0..MAX_LINKS).filter_map(|n| u8::try_from(n).ok().map(LinkId)).find(|id| !self.links.contains_key(id))?;
         let eager = self.eager().len() < self.fanout;
-        self.links.insert(free, Link { eager, cursor });
+        self.links.insert(free, Link { eager, cursor, paused: None });
         Some(free)
     }
 
@@ -79,6 +83,16 @@ impl Links {
         if let Some(link) = self.links.get_mut(&link) {
             link.cursor = cursor;
         }
+    }
+
+    pub(super) fn pause(&mut self, link: LinkId, until: Millis) {
+        if let Some(link) = self.links.get_mut(&link) {
+            link.paused = Some(until);
+        }
+    }
+
+    pub(super) fn is_paused(&self, link: LinkId, now: Millis) -> bool {
+        self.links.get(&link).and_then(|link| link.paused).is_some_and(|until| now < until)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = LinkId> {

@@ -233,7 +233,12 @@ impl Engine {
                 for message in done {
                     match message {
                         Ok(whole) => deliveries.push(self.whole(whole, now, out)),
-                        Err(_) => broken = true,
+                        // One of several links may have sent a false chunk, and another has the
+                        // true ones: they are asked for all of it.
+                        Err((id, holders)) => {
+                            broken = true;
+                            self.want_anew(id, tenant, holders, now);
+                        }
                     }
                 }
                 if broken && deliveries.is_empty() { Err(Reason::Protocol) } else { Ok(deliveries) }
@@ -269,7 +274,10 @@ impl Engine {
     ) -> Result<Option<MessageId>, Reason> {
         let id = envelope.id(tenant);
         match self.store.novelty(id, envelope, unix_ms) {
-            Novelty::Stale => Err(Reason::Stale),
+            Novelty::Stale => {
+                self.wanted.remove(id); // however often it came, it would be too old
+                Err(Reason::Stale)
+            }
             Novelty::Duplicate => {
                 self.counts.duplicates += 1;
                 if let Some(held) = self.store.get_mut(id) {

@@ -12,6 +12,9 @@ use crate::record::{MAX_ANNOUNCED, MessageId, Record};
 const MAX_WANTED_A_LINK: usize = 8_192;
 /// Times that a message is asked for before it is given up.
 const MAX_ASKED: u8 = 10;
+/// Messages asked of one link and not come yet: what is asked for beyond what a lane takes
+/// would not be sent, and count as asked.
+const MAX_ASKED_A_LINK: usize = 64;
 
 #[derive(Debug)]
 struct Want {
@@ -21,6 +24,8 @@ struct Want {
     turn: usize,
     asked: u8,
     at: Millis,
+    /// Who was asked, until `at`.
+    asked_of: Option<LinkId>,
     /// Whose quota it counts against.
     first: LinkId,
 }
@@ -45,7 +50,7 @@ impl Wanted {
         *own += 1;
         let mut holders = LinkSet::default();
         holders.insert(link);
-        self.wants.insert(id, Want { tenant, holders, turn: 0, asked: 0, at: now.after(GRAFT_MS), first: link });
+        self.wants.insert(id, Want { tenant, holders, turn: 0, asked: 0, at: now.after(GRAFT_MS), asked_of: None, first: link });
     }
 
     /// Forgets a message. Gives who else has it.
@@ -96,9 +101,20 @@ impl Engine {
 
     fn announce(&mut self, now: Millis, out: &mut impl Outlet) {
         let links: Vec<LinkId> = self.links.iter().collect();
+        // No faster than a link could then carry what is asked for: its other end remembers
+        // only so much of what it waits for.
+        let pace = MAX_ANNOUNCED as u64 * 1_000 / u64::from(self.config.burst_frames.max(1));
         for link in links {
+            if self.links.is_paused(link, now) {
+                self.announce_at.get_or_insert(now.after(ANNOUNCE_MS));
+                continue;
+            }
+            let start = self.links.cursor(link).max(self.store.start());
             let reached = self.announce_to(link, out);
             self.links.rewind(link, reached);
+            if start < reached && reached < self.store.end() {
+                self.links.pause(link, now.after(pace));
+            }
             if reached < self.store.end() {
                 self.announce_at.get_or_insert(now.after(ANNOUNCE_MS));
             }
@@ -141,22 +157,43 @@ impl Engine {
     }
 
     fn ask(&mut self, now: Millis, out: &mut impl Outlet) {
-        let due: Vec<MessageId> = self.wanted.wants.iter().filter(|(_, want)| now >= want.at).map(|(id, _)| *id).collect();
-        for id in due {
+        let mut under_way: BTreeMap<LinkId, usize> = BTreeMap::new();
+        let mut due = Vec::new();
+        for (id, want) in &self.wanted.wants {
+            match want.asked_of {
+                _ if now >= want.at => due.push((want.asked, *id)),
+                Some(link) => *under_way.entry(link).or_default() += 1,
+                None => {}
+            }
+        }
+        // What was asked for least goes first, so that nothing is given up for want of a turn.
+        due.sort_unstable();
+        for (asked, id) in due {
             let Some(want) = self.wanted.wants.get_mut(&id) else { continue };
-            want.at = now.after(GRAFT_MS);
-            want.asked += 1;
             let holders: Vec<LinkId> = want.holders.iter().collect();
-            if holders.is_empty() || want.asked > MAX_ASKED {
+            if holders.is_empty() || asked >= MAX_ASKED {
                 self.wanted.remove(id);
                 self.counts.lost += 1;
                 continue;
             }
-            let link = holders[want.turn % holders.len()];
-            want.turn += 1;
+            want.asked_of = None;
+            want.at = now.after(ANNOUNCE_MS);
+            let turn = want.turn % holders.len();
+            let (later, next) = holders.split_at(turn);
+            let free = |link: &&LinkId| under_way.get(link).is_none_or(|count| *count < MAX_ASKED_A_LINK);
+            let Some(link) = next.iter().chain(later).find(free).copied() else { continue };
             let tenant = want.tenant;
+            if !self.send(link, tenant, Class::Control, Record::Graft { id, chunks: 0 }.encode(), out) {
+                continue;
+            }
             self.counts.grafts += 1;
-            self.send(link, tenant, Class::Control, Record::Graft { id, chunks: 0 }.encode(), out);
+            *under_way.entry(link).or_default() += 1;
+            if let Some(want) = self.wanted.wants.get_mut(&id) {
+                want.at = now.after(GRAFT_MS);
+                want.asked_of = Some(link);
+                want.asked += 1;
+                want.turn += 1;
+            }
         }
     }
 
@@ -172,20 +209,28 @@ impl Engine {
             assembly.asked += 1;
             let holders: Vec<LinkId> = assembly.holders.iter().collect();
             if holders.is_empty() || assembly.asked > MAX_ASKED {
-                given_up.push(id);
+                let mut others = assembly.holders;
+                others.remove(assembly.from);
+                given_up.push((id, assembly.tenant, others));
                 continue;
             }
             let link = holders[usize::from(assembly.asked) % holders.len()];
             asks.push((link, assembly.tenant, Record::Graft { id, chunks: assembly.missing() }));
         }
-        for id in given_up {
+        for (id, tenant, others) in given_up {
             self.assemblies.remove(id);
-            self.counts.lost += 1;
+            self.counts.lost += u64::from(others.iter().next().is_none());
+            self.want_anew(id, tenant, others, now);
         }
         for (link, tenant, graft) in asks {
             self.counts.grafts += 1;
             self.send(link, tenant, Class::Control, graft.encode(), out);
         }
+    }
+
+    /// What was put together of a message is of no use: whoever else has it is asked for all.
+    pub(super) fn want_anew(&mut self, id: MessageId, tenant: TenantId, holders: LinkSet, now: Millis) {
+        holders.iter().for_each(|link| self.wanted.add(id, link, tenant, now));
     }
 
     /// A link asks for a message. Where its lane has no room, it asks again.

@@ -165,9 +165,9 @@ impl Node {
         if let Some(at) = entry.deadline {
             self.deadlines.remove(&(at, id));
         }
+        self.subscriptions.remove_session(id, &entry);
         entry.session.close();
         self.quota.leave(entry.quota.inflight());
-        self.subscriptions.remove_session(id);
         self.unlink(id, &entry);
     }
 
@@ -201,7 +201,8 @@ impl Node {
         match event {
             Event::Nothing => {}
             Event::Ping(ping) => {
-                let pong = Frame::response(&ping, 200, true, ping.payload.clone());
+                // A copy: a slice of what was read would keep all of it while it waits.
+                let pong = Frame::response(&ping, 200, true, Bytes::copy_from_slice(&ping.payload));
                 self.push(id, Class::Control, pong);
             }
             Event::Hello(frame, hello) => self.welcome(id, &frame, hello, clock),

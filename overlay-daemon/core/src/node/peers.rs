@@ -111,7 +111,9 @@ impl Node {
         let tenant = frame.tenant;
         if frame.code == 200 {
             let Some(remote) = entry.remote_mut() else { return };
-            remote.streams.insert(tenant, frame.corr_id);
+            if remote.streams.insert(tenant, frame.corr_id).is_some() {
+                return; // said before: what is held is not announced anew for it
+            }
             let link = remote.link;
             self.engine.handle_tenant_up(link, clock.now);
             return;

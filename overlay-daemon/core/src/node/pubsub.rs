@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use bytes::{Bytes, BytesMut};
 
-use super::entry::Upload;
+use super::entry::{Entry, Upload};
 use super::{Clock, Kind, Node, Output, SessionId};
 use crate::frame::{AppProto, CHUNK, Flags, Frame, MAX_BODY};
 use crate::gossip::{Draft, Held, class_of, digest};
@@ -27,11 +27,11 @@ impl Subscriptions {
         }
     }
 
-    pub(super) fn remove(&mut self, id: SessionId, end: &Frame, topics: &[Topic]) {
+    pub(super) fn remove(&mut self, id: SessionId, tenant: TenantId, corr_id: u64, topics: &[Topic]) {
         for topic in topics {
-            let key = (end.tenant, topic.clone());
+            let key = (tenant, topic.clone());
             if let Some(subscribers) = self.0.get_mut(&key) {
-                subscribers.retain(|subscriber| *subscriber != (id, end.corr_id));
+                subscribers.retain(|subscriber| *subscriber != (id, corr_id));
                 if subscribers.is_empty() {
                     self.0.remove(&key);
                 }
@@ -39,11 +39,13 @@ impl Subscriptions {
         }
     }
 
-    pub(super) fn remove_session(&mut self, id: SessionId) {
-        self.0.retain(|_, subscribers| {
-            subscribers.retain(|(session, _)| *session != id);
-            !subscribers.is_empty()
-        });
+    /// By its own streams: what others subscribed to costs nothing here.
+    pub(super) fn remove_session(&mut self, id: SessionId, entry: &Entry) {
+        for (corr_id, stream) in entry.session.streams() {
+            if let Kind::Subscribe { topics, .. } = &stream.kind {
+                self.remove(id, stream.tenant, corr_id, topics);
+            }
+        }
     }
 }
 
@@ -244,8 +246,8 @@ impl Node {
             .filter(|(_, _, stream)| matches!(stream.kind, Kind::Subscribe { .. }))
             .map(|(id, corr_id, stream)| (id, corr_id, stream.tenant))
             .collect();
+        self.subscriptions = Subscriptions::default();
         for (id, corr_id, tenant) in open {
-            self.subscriptions.remove_session(id);
             if let Some(entry) = self.sessions.get_mut(&id) {
                 entry.session.close_stream(corr_id);
             }

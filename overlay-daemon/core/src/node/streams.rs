@@ -133,7 +133,7 @@ impl Node {
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let Some(stream) = entry.session.close_stream(frame.corr_id) else { return };
         match stream.kind {
-            Kind::Subscribe { topics, .. } => self.subscriptions.remove(id, frame, &topics),
+            Kind::Subscribe { topics, .. } => self.subscriptions.remove(id, frame.tenant, frame.corr_id, &topics),
             // The upload's own answer will not come: the count goes with it.
             Kind::Publish { upload: Upload::Open { .. }, .. } => self.forget_upload(id),
             Kind::Publish { .. } | Kind::GossipIn | Kind::GossipOut => {}

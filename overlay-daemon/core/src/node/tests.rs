@@ -254,3 +254,20 @@ fn the_report_names_every_session() {
     let kinds: Vec<_> = report["sessions"].as_array().unwrap().iter().map(|s| (s["kind"].clone(), s["peer"].clone())).collect();
     assert_eq!(kinds, [("peer".into(), "node-1".into()), ("local".into(), serde_json::Value::Null)]);
 }
+
+/// What was accepted while a peer was away reaches it, however much more that is than its
+/// lane takes at once or than a second's frames.
+#[test]
+fn a_long_absence_is_made_good() {
+    let mut sim = Sim::with(2, |config| config.overlay.per_peer_rps = 500);
+    let publisher = sim.publisher(0);
+    for n in 0..6_000 {
+        publish(&mut sim, 0, publisher, 1, &Publish::Message(format!("m{n}").into()));
+        sim.run(2);
+    }
+    let subscriber = sim.subscriber(1);
+    sim.dial(1, 0);
+    sim.run(40_000);
+    assert_eq!(texts(&sim.client_frames(1, subscriber)).len(), 6_000);
+    assert_eq!(sim.nodes[1].counts().lost, 0);
+}

@@ -140,3 +140,42 @@ fn backoff_resumes() {
     assert_eq!(session.handle_timeout(Millis(600)), Ok(Tick::Resume));
     assert_eq!(session.state(), State::Active);
 }
+
+/// A peer that answers pings with anything but a pong: the deadline that is asked for lies
+/// ahead of every timeout that did nothing, or the node would turn on the spot.
+#[test]
+fn a_deadline_that_passed_is_not_asked_for_again() {
+    let mut dialler = Session::<()>::new(Role::Dialler, TIMERS, Millis(0));
+    dialler.handle_connected(&Hello::default(), Millis(0));
+    let daemon = crate::control::DaemonHello { name: "a".into(), incarnation: Default::default() };
+    let reply = Frame { code: 200, ..Frame::new(Flags::RESP, AppProto::CONTROL, TenantId(0), 1, json(&HelloReply::of(daemon, 32))) };
+    assert!(matches!(dialler.handle_frame(reply, Millis(0)), Ok(Event::Welcomed(_))));
+    let mut pings = 0;
+    let mut ended = None;
+    for now in (0..60_000).map(Millis) {
+        if (5_001..40_000).contains(&now.0) && now.0.is_multiple_of(1_000) {
+            let _illegal = dialler.handle_frame(frame(Flags::EVENT, AppProto::PUBSUB, 2), now);
+        }
+        dialler.handle_sent(now);
+        match dialler.handle_timeout(now) {
+            Ok(Tick::Ping(_)) => pings += 1,
+            Ok(_) => {}
+            Err(reason) => {
+                ended = Some((now, reason));
+                break;
+            }
+        }
+        assert!(dialler.poll_timeout().is_some_and(|at| at > now), "at {now:?}");
+    }
+    assert_eq!((pings, ended), (1, Some((Millis(39_000 + 15_000), Reason::Timeout))));
+}
+
+/// An answer repeats the tenant of the stream that it answers.
+#[test]
+fn an_answer_for_another_tenant_is_illegal() {
+    let mut session = active();
+    let start = session.open_ours(AppProto::GOSSIP, TenantId(1), Bytes::new(), Bytes::new(), ());
+    let answer = |tenant| Frame { code: 200, tenant: TenantId(tenant), ..frame(Flags::RESP, AppProto::GOSSIP, start.corr_id) };
+    assert_eq!(session.handle_frame(answer(2), Millis(0)).unwrap_err().status, Status::BadRequest);
+    assert!(matches!(session.handle_frame(answer(1), Millis(0)), Ok(Event::Answer(_))));
+}

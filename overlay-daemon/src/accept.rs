@@ -3,8 +3,6 @@
 
 use std::sync::Arc;
 
-use overlay_core::grant::Holder;
-use overlay_core::node::Opening;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -47,12 +45,7 @@ async fn serve(accepted: Accepted, keys: Arc<Keys>, context: Context) {
     match accepted.handshake(&current).await {
         Ok(connection) => {
             context.metrics.key_exchange(connection.group);
-            let opening = Opening {
-                holder: Holder::Certificate(connection.peer),
-                dialled: None,
-                group: connection.group.label(),
-            };
-            context.run(connection.stream, opening, Some(connection.group)).await;
+            context.hold(connection, None).await;
         }
         Err(error) => {
             // Debug: whoever can connect could otherwise fill the log.
@@ -75,8 +68,7 @@ pub async fn local(mut listener: LocalListener, context: Context, stop: Stop) {
                 Ok(connection) => {
                     let context = context.clone();
                     sessions.spawn(async move {
-                        let opening = Opening { holder: Holder::Local, dialled: None, group: "none" };
-                        context.run(connection.stream, opening, None).await;
+                        context.hold_local(connection).await;
                     });
                 }
                 Err(error) => {

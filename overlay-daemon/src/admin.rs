@@ -31,11 +31,11 @@ use crate::transport::EXHAUSTED_PAUSE;
 /// Connections at once. Past it the oldest is closed: a probe is answered within
 /// milliseconds, so that the oldest is never one.
 const MAX_CONNECTIONS: usize = 256;
-/// From a connection's first moment to the end of its request's head (attack A1).
+/// From a connection's first moment to the end of its request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// From a connection's first moment to the end of its answer.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
-/// Headers of a request; one more is 431 (attack A2).
+/// Headers of a request; one more is 431.
 const MAX_HEADERS: usize = 64;
 /// Bytes of a request's head; more is 431.
 const MAX_HEAD: usize = 16 * 1_024;

@@ -33,6 +33,12 @@ impl Clock {
         self.zero + Duration::from_millis(at.0.min(FAR))
     }
 
+    /// The time on the monotonic clock that `at` is, for the core.
+    #[must_use]
+    pub fn millis(&self, at: Instant) -> Millis {
+        Millis(u64::try_from(at.saturating_duration_since(self.zero).as_millis()).unwrap_or(u64::MAX))
+    }
+
     /// Now, for what is measured rather than decided on.
     #[must_use]
     pub fn stamp(&self) -> Instant {

@@ -6,15 +6,14 @@ use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use overlay_core::config::Peer;
-use overlay_core::grant::Holder;
-use overlay_core::node::Opening;
+use overlay_core::identity::SpiffeId;
 use overlay_core::status::Reason;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::kms::Keys;
 use crate::session::Context;
-use crate::transport::{Connection, dial};
+use crate::transport::{Connection, DialError, dial};
 
 /// The first pause; it doubles up to [`LONGEST`], and is up to twice as long by jitter, so
 /// that a mesh that starts at once does not dial in step.
@@ -23,6 +22,15 @@ const SHORTEST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(10);
 /// A session that lived so long was a good one: the next pause is short again.
 const GOOD: Duration = Duration::from_secs(10);
+
+/// Why there is no session with a peer.
+#[derive(Debug, thiserror::Error)]
+enum PeerError {
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    #[error("{found} answered there, not {wanted}")]
+    Identity { wanted: SpiffeId, found: SpiffeId },
+}
 
 /// A peer to hold a session with.
 pub struct Dialler {
@@ -48,7 +56,7 @@ impl Dialler {
                 Ok(connection) => {
                     warned = false;
                     let began = self.context.clock.stamp();
-                    self.hold(connection).await;
+                    self.context.hold(connection, Some(self.place)).await;
                     if began.elapsed() >= GOOD {
                         pauses = self::pauses();
                     }
@@ -64,24 +72,15 @@ impl Dialler {
         }
     }
 
-    async fn connect(&self) -> Result<Connection, anyhow::Error> {
+    async fn connect(&self) -> Result<Connection, PeerError> {
         let tls = Arc::clone(self.keys.current().client());
         let connection = dial(&self.peer.address, &tls, &self.context.transport, self.context.clock).await?;
         self.context.metrics.key_exchange(connection.group);
         if !self.peer.identity.covers(&connection.peer) {
             self.context.metrics.rejected(Reason::Auth).inc();
-            anyhow::bail!("{} answered as {}, not as {}", self.peer.address, connection.peer, self.peer.identity);
+            return Err(PeerError::Identity { wanted: self.peer.identity.clone(), found: connection.peer });
         }
         Ok(connection)
-    }
-
-    async fn hold(&self, connection: Connection) {
-        let opening = Opening {
-            holder: Holder::Certificate(connection.peer),
-            dialled: Some(self.place),
-            group: connection.group.label(),
-        };
-        self.context.run(connection.stream, opening, Some(connection.group)).await;
     }
 }
 

@@ -134,7 +134,7 @@ impl Metrics {
         let sessions = IntGaugeVec::new(
             Opts::new(
                 "overlay_sessions_active",
-                "Sessions that are open, by key exchange group; those of the Unix socket are local.",
+                "Sessions that are open, by key exchange group; none on the Unix socket.",
             ),
             &["group"],
         )?;
@@ -151,7 +151,7 @@ impl Metrics {
             session_close: counter(r, "session_close_total", "Sessions that ended after being active.")?,
             key_exchange: KeyExchangeGroup::ALL.map(|group| key_exchange.with_label_values(&[group.label()])),
             sessions: KeyExchangeGroup::ALL.map(|group| sessions.with_label_values(&[group.label()])),
-            sessions_local: sessions.with_label_values(&["local"]),
+            sessions_local: sessions.with_label_values(&["none"]),
             accept_errors: counter(r, "overlay_accept_errors_total", "Times that accepting a connection failed.")?,
             key_reloads: ["ok", "failed"].map(|result| key_reloads.with_label_values(&[result])),
             certificate_expiry: gauge(
@@ -319,7 +319,7 @@ mod tests {
             "session_close_total{amnesia=\"on\"} 1",
             "overlay_key_exchange_total{group=\"hybrid\",amnesia=\"on\"} 1",
             "overlay_sessions_active{group=\"hybrid\",amnesia=\"on\"} 1",
-            "overlay_sessions_active{group=\"local\",amnesia=\"on\"} 0",
+            "overlay_sessions_active{group=\"none\",amnesia=\"on\"} 0",
             "overlay_config_info{hash=\"0123456789abcdef\",amnesia=\"on\"} 1",
             "overlay_ready{amnesia=\"on\"} 0",
         ] {

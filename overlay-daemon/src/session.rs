@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::{Bytes, BytesMut};
 use overlay_core::codec;
 use overlay_core::frame::{Flags, Frame};
-use overlay_core::grant::Holder;
+use overlay_core::grant::{Grant, Holder};
 use overlay_core::node::{Opening, SessionId};
-use overlay_core::status::{Reason, Refusal, Status};
+use overlay_core::status::{Reason, Refusal};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -20,10 +20,10 @@ use crate::clock::Clock;
 use crate::hub::{Batch, Input};
 use crate::kms::{KeyExchangeGroup, Verifier};
 use crate::metrics::Metrics;
-use crate::transport::TransportConfig;
+use crate::transport::{Connection, LocalConnection, TransportConfig};
 
 /// Bytes that a read makes room for. A frame that claims more gets more as it comes, never
-/// for its claim alone (attack F1).
+/// for its claim alone.
 const READ_BYTES: usize = 64 * 1024;
 
 /// What every session needs.
@@ -55,9 +55,30 @@ impl Context {
         Self { hub, verifier, transport, clock, metrics, ids: Arc::new(AtomicU64::new(1)) }
     }
 
-    /// Runs a session over `stream` until either side ends it. The hub hears of its beginning
-    /// and, in every case, of its end.
-    pub async fn run<S>(&self, stream: S, opening: Opening, group: Option<KeyExchangeGroup>)
+    /// Holds a session with the other end of `connection`, until either side ends it or the
+    /// certificate that it showed does. `dialled` is the configured peer that was dialled.
+    pub async fn hold(&self, connection: Connection, dialled: Option<usize>) {
+        let opening = Opening {
+            holder: Holder::Certificate(connection.peer),
+            dialled,
+            group: connection.group.label(),
+            handshake_ends: self.clock.millis(connection.deadline),
+        };
+        let left = connection.peer_not_after_ms.saturating_sub(self.clock.unix_ms());
+        let ends = self.clock.instant(self.clock.now().after(left));
+        self.run(connection.stream, opening, Some(connection.group), Some(ends)).await;
+    }
+
+    /// Holds a session with a local process.
+    pub async fn hold_local(&self, connection: LocalConnection) {
+        let handshake_ends = self.clock.millis(connection.deadline);
+        let opening = Opening { holder: Holder::Local, dialled: None, group: "none", handshake_ends };
+        self.run(connection.stream, opening, None, None).await;
+    }
+
+    /// Runs a session over `stream`, at the longest until `ends`. The hub hears of its
+    /// beginning and, in every case, of its end.
+    async fn run<S>(&self, stream: S, opening: Opening, group: Option<KeyExchangeGroup>, ends: Option<Instant>)
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
@@ -71,12 +92,12 @@ impl Context {
         let mut tasks = JoinSet::new();
         tasks.spawn(Reader { id, holder, context: self.clone() }.run(read));
         tasks.spawn(send_batches(id, write, batches, self.clone()));
-        // Whichever ends first ends the other: a half-open session helps nobody (attack S2).
-        // Only the reader's end at a broken frame waits for the writer to tell of it.
-        while let Some(ended) = tasks.join_next().await {
-            if !matches!(ended, Ok(Ended::BrokenFrame)) {
-                break;
-            }
+        // Whichever ends first ends the other: a half-open session helps nobody. Only the
+        // reader's end at a broken frame waits for the writer to tell of it.
+        let ended = async { while let Some(Ok(Ended::BrokenFrame)) = tasks.join_next().await {} };
+        match ends {
+            None => ended.await,
+            Some(at) => drop(timeout_at(at, ended).await),
         }
         tasks.shutdown().await;
         let _stopping = self.hub.send(Input::Closed(id)).await;
@@ -145,10 +166,7 @@ impl Reader {
         self.context.hub.send(Input::Frame { id: self.id, frame, grant, at }).await.is_ok()
     }
 
-    fn judge(&self, frame: &Frame) -> Result<overlay_core::grant::Grant, Refusal> {
-        if frame.cap.is_empty() {
-            return Err(Refusal::new(Status::Unauthorized, "START carries no capability token"));
-        }
+    fn judge(&self, frame: &Frame) -> Result<Grant, Refusal> {
         self.context.verifier.verify(&frame.cap, &self.holder, self.context.clock.unix_ms())
     }
 }

@@ -231,7 +231,7 @@ impl rustls::client::danger::ServerCertVerifier for AnyName {
     }
 }
 
-/// I-11, G-10, T4: the hybrid key exchange or an alert; TLS 1.3 or an alert; a certificate of
+/// I-11, G-10: the hybrid key exchange or an alert; TLS 1.3 or an alert; a certificate of
 /// this CA or an alert. Each is counted, and none disturbs the next.
 #[test]
 fn a_handshake_that_proves_less_is_refused() -> Result<()> {
@@ -300,7 +300,7 @@ fn a_byte_over_a_mebibyte_is_413() -> Result<()> {
     })
 }
 
-/// G-1, F1: a length over 1 MiB is refused from the header alone, told, and the session ends.
+/// G-1: a length over 1 MiB is refused from the header alone, told, and the session ends.
 #[test]
 fn a_broken_frame_is_told_and_ends_the_session() -> Result<()> {
     let target = Target::start()?;
@@ -317,7 +317,7 @@ fn a_broken_frame_is_told_and_ends_the_session() -> Result<()> {
     Ok(())
 }
 
-/// P-4, K5: no START without a token; a local client's token is worth nothing over TLS, and a
+/// P-4: no START without a token; a local client's token is worth nothing over TLS, and a
 /// peer's nothing on the Unix socket.
 #[test]
 fn every_start_needs_its_own_token() -> Result<()> {

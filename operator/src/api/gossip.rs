@@ -16,7 +16,7 @@ pub struct Gossip {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 8, max = 65_536))]
     pub lane_depth_frames: Option<u32>,
-    /// Gossip frames a second that one session is sent, as a burst.
+    /// Messages and chunks a second that one peer is sent, and at most at once.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 65_536))]
     pub burst_frames: Option<u32>,

@@ -81,7 +81,8 @@ pub struct OverlayNodeSpec {
     /// The size of deployment that limits default to; the semantics are the same.
     #[serde(default)]
     pub profile: Profile,
-    /// Nothing is written to a disk. Micronode requires it.
+    /// Nothing is written to a disk: no daemon of this version does in any case. Every metric
+    /// carries what was asked for as the label `amnesia`. Micronode requires it.
     #[serde(default = "yes")]
     pub amnesia: bool,
     /// Daemons of the mesh, each of them a peer of every other.
@@ -249,7 +250,7 @@ pub struct Timeouts {
     /// Bytes that are queued must leave within it.
     #[schemars(schema_with = "within::<100, 600_000>")]
     pub write: Duration,
-    /// No byte either way for so long ends a session.
+    /// No frame either way for so long ends a session.
     #[schemars(schema_with = "within::<300, 3_600_000>")]
     pub idle: Duration,
 }

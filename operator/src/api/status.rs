@@ -69,7 +69,7 @@ pub struct EffectiveLimits {
     pub per_peer_requests_per_second: i64,
     /// Frames that one lane of one session holds.
     pub lane_depth_frames: i64,
-    /// Gossip frames a second that one session is sent, as a burst.
+    /// Messages and chunks a second that one peer is sent, and at most at once.
     pub burst_frames: i64,
     /// Times a message is passed on.
     pub max_hops: i64,

@@ -22,7 +22,7 @@ mod runtime_dir;
 mod supervise;
 mod table;
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
@@ -91,6 +91,8 @@ enum LocalError {
     Plan(#[from] plan::PlanError),
     #[error(transparent)]
     Credentials(#[from] credentials::CredentialsError),
+    #[error("cannot write to standard output: {0}")]
+    Output(#[source] io::Error),
     #[error("no free ports on loopback: {0}")]
     Ports(#[source] io::Error),
     #[error("signals cannot be caught: {0}")]
@@ -114,7 +116,8 @@ pub async fn run(args: Args) -> ExitCode {
 async fn run_inner(args: &Args) -> Result<Outcome, LocalError> {
     let admitted = manifests::read(&args.inputs).map_err(LocalError::Manifests)?;
     if args.dry_run {
-        admitted.iter().for_each(|admitted| println!("{}", good(admitted)));
+        let mut out = io::stdout().lock();
+        admitted.iter().try_for_each(|admitted| writeln!(out, "{}", good(admitted))).map_err(LocalError::Output)?;
         return Ok(Outcome::Done);
     }
     let nodes: Vec<OverlayNode> = admitted.into_iter().map(|admitted| admitted.node).collect();

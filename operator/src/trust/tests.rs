@@ -113,7 +113,7 @@ fn a_token_is_verified_with_the_key_set() {
     assert!(TokenRoot::from_pem("rubbish").is_err());
 }
 
-/// K2, K5: what the operator mints is what daemons let in, for as long as it says.
+/// P-4: what the operator mints is what daemons let in, for as long as it says.
 #[test]
 fn tokens_are_granted_to_whom_they_are_for() {
     let ms = u64::try_from(now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap();

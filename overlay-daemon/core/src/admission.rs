@@ -1,5 +1,5 @@
 //! Rate and in-flight caps (I-9), checked before anything costs. Integer arithmetic over the
-//! caller's clock: a clock that stands still or jumps grants at most one bucket (attack G9).
+//! caller's clock: a clock that stands still or jumps grants at most one bucket.
 
 use crate::Millis;
 use crate::status::{Refusal, Status};

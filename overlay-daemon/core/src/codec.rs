@@ -68,7 +68,7 @@ pub fn decode(buf: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
 /// The header cannot start a frame.
 pub fn frame_len(buf: &[u8]) -> Result<Option<usize>, FrameError> {
     // Each rule is applied as soon as its bytes are there, so that the answer is the same
-    // however the bytes were cut (attack F5) and a bad length never waits for its header.
+    // however the bytes were cut and a bad length never waits for its header.
     let Some(len) = be32(buf, 0) else { return Ok(None) };
     let whole = len as usize;
     if whole > MAX_FRAME {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::identity::{SpiffeId, TenantId, Topic};
 use crate::status::{Refusal, Status};
 
-/// The holder that Unix-socket clients present; refused on every other transport (attack K5).
+/// The holder that Unix-socket clients present; refused on every other transport.
 pub const LOCAL_HOLDER: &str = "local";
 /// Tenants, and topics, that one token may list.
 pub const MAX_LIST: usize = 64;
@@ -29,7 +29,7 @@ pub enum Action {
     Admin,
 }
 
-/// The claims of a token: a closed set, an unknown member refuses the token (attack K3).
+/// The claims of a token: a closed set, an unknown member refuses the token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Claims {
@@ -119,12 +119,6 @@ impl Grant {
         }
         Ok(())
     }
-
-    /// When it expires, milliseconds since 1970.
-    #[must_use]
-    pub fn expires_ms(&self) -> u64 {
-        self.0.exp.saturating_mul(1000)
-    }
 }
 
 fn matches(pattern: &str, topic: &Topic) -> bool {
@@ -158,9 +152,17 @@ mod tests {
         let pod = Holder::Certificate(format!("{NODE}/pod/mesh-0").parse().unwrap());
         let node: SpiffeId = NODE.parse().unwrap();
         let other: SpiffeId = "spiffe://example.org/ns/a/overlaynode/other".parse().unwrap();
-        let ask = |claims: Claims, audience: &SpiffeId, holder: &Holder, at: u64, tenant: u128, topic: &str, action: Action| {
+        let ask = |claims: Claims,
+                   audience: &SpiffeId,
+                   holder: &Holder,
+                   at: u64,
+                   tenant: u128,
+                   topic: &str,
+                   action: Action| {
             let topic = topic.parse().unwrap();
-            Grant::new(claims, audience, holder, at).and_then(|g| g.permit(action, TenantId(tenant), Some(&topic))).map_err(|r| r.status.code())
+            Grant::new(claims, audience, holder, at)
+                .and_then(|g| g.permit(action, TenantId(tenant), Some(&topic)))
+                .map_err(|r| r.status.code())
         };
         let remote = |sub: &str| Claims { sub: sub.into(), ..claims() };
         use Action::{Publish, Subscribe};

@@ -164,7 +164,11 @@ impl FromStr for Topic {
     type Err = NameError;
     fn from_str(s: &str) -> Result<Self, NameError> {
         let fits = (1..=MAX_TOPIC).contains(&s.len());
-        if fits && !s.chars().any(|c| c.is_control() || c == '*') { Ok(Self(s.to_owned())) } else { Err(NameError::Topic) }
+        if fits && !s.chars().any(|c| c.is_control() || c == '*') {
+            Ok(Self(s.to_owned()))
+        } else {
+            Err(NameError::Topic)
+        }
     }
 }
 
@@ -223,13 +227,28 @@ mod tests {
         for (text, value, shown) in [
             ("0", 0, "0"),
             ("00000000000000000000000000000001", 1, "00000000-0000-0000-0000-000000000001"),
-            ("01234567-89ab-cdef-0123-456789abcdef", 0x0123_4567_89ab_cdef_0123_4567_89ab_cdef, "01234567-89ab-cdef-0123-456789abcdef"),
-            ("01ARZ3NDEKTSV4RRFFQ69G5FAV", 0x0156_3e3a_b5d3_d676_4c61_efb9_9302_bd5b, "01563e3a-b5d3-d676-4c61-efb99302bd5b"),
+            (
+                "01234567-89ab-cdef-0123-456789abcdef",
+                0x0123_4567_89ab_cdef_0123_4567_89ab_cdef,
+                "01234567-89ab-cdef-0123-456789abcdef",
+            ),
+            (
+                "01ARZ3NDEKTSV4RRFFQ69G5FAV",
+                0x0156_3e3a_b5d3_d676_4c61_efb9_9302_bd5b,
+                "01563e3a-b5d3-d676-4c61-efb99302bd5b",
+            ),
         ] {
             let tenant: TenantId = text.parse().unwrap();
             assert_eq!((tenant.0, tenant.to_string().as_str()), (value, shown));
         }
-        for bad in ["", "1", "+0000000000000000000000000000001", "zz", "8ZZZZZZZZZZZZZZZZZZZZZZZZZ", "01234567x89ab-cdef-0123-456789abcdef"] {
+        for bad in [
+            "",
+            "1",
+            "+0000000000000000000000000000001",
+            "zz",
+            "8ZZZZZZZZZZZZZZZZZZZZZZZZZ",
+            "01234567x89ab-cdef-0123-456789abcdef",
+        ] {
             assert!(bad.parse::<TenantId>().is_err(), "{bad}");
         }
     }

@@ -1,14 +1,14 @@
 //! What one session still has to send: a bounded queue a class, scheduled by weight.
 //!
 //! Deficit round robin (Shreedhar and Varghese, SIGCOMM 1995) over bytes, so that a bulk
-//! transfer and small messages share a session by weight whatever their sizes (P-5, attack
-//! G8). A full lane refuses; what that means is its pusher's to decide.
+//! transfer and small messages share a session by weight whatever their sizes
+//! (P-5). A full lane refuses; what that means is its pusher's to decide.
 
 use std::collections::VecDeque;
 
 use crate::Millis;
 use crate::admission::{TokenBucket, percent};
-use crate::frame::Frame;
+use crate::frame::{CHUNK, Frame, MAX_BODY};
 
 /// Which lane a frame waits in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +42,9 @@ impl Class {
         }
     }
 }
+
+/// Frames of the largest message: its Begin and every chunk.
+const LARGEST: usize = 1 + MAX_BODY / CHUNK;
 
 /// The lane is full: the frame was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -80,7 +83,7 @@ pub struct Lanes {
 }
 
 impl Lanes {
-    /// Lanes of `depth` frames each.
+    /// Lanes of `depth` frames each; that of chunks takes one whole message in any case.
     #[must_use]
     pub fn new(depth: u32) -> Self {
         Self { lanes: Default::default(), depth: depth as usize, bytes: 0, turn: 0, granted: false, bucket: None }
@@ -94,7 +97,9 @@ impl Lanes {
     /// Frames that `class` still takes.
     #[must_use]
     pub fn room(&self, class: Class) -> usize {
-        self.depth - self.lanes[class.index()].frames.len()
+        // Or a message of the largest size, taken whole or not at all, would never go.
+        let depth = if class == Class::Bulk { self.depth.max(LARGEST) } else { self.depth };
+        depth - self.lanes[class.index()].frames.len()
     }
 
     /// Queues a frame.
@@ -205,7 +210,7 @@ mod tests {
     #[test]
     fn a_full_lane_refuses() {
         let mut lanes = Lanes::new(2);
-        assert_eq!([1, 2, 3].map(|_| lanes.push(Class::Bulk, frame(10)).is_ok()), [true, true, false]);
+        assert_eq!([1, 2, 3].map(|_| lanes.push(Class::Interactive, frame(10)).is_ok()), [true, true, false]);
         assert_eq!((lanes.len(), lanes.bytes(), lanes.room(Class::Control)), (2, 96, 2));
         assert_eq!(lanes.take(usize::MAX, Millis(0)).len(), 2);
         assert_eq!((lanes.len(), lanes.bytes(), lanes.percent()), (0, 0, 0));

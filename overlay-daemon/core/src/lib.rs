@@ -25,7 +25,7 @@ pub mod config;
 /// A point on the shell's one monotonic clock, in milliseconds since the process began.
 ///
 /// Milliseconds because no deadline in the protocol is finer; an integer because its
-/// arithmetic saturates and never panics (attack G9: a stepped clock must not underflow).
+/// arithmetic saturates and never panics whatever the clock does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Millis(pub u64);
 

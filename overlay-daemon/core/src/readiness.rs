@@ -66,8 +66,10 @@ impl Gate {
     /// Judges the facts at `now`.
     pub fn handle_facts(&mut self, facts: &Facts, now: Millis) -> Report {
         let pressure = facts.queues_percent.max(facts.descriptors_percent);
-        self.shedding = pressure >= self.config.shed_at_percent || (self.shedding && pressure >= self.config.recover_at_percent);
-        self.overloaded = pressure >= self.config.unready_at_percent || (self.overloaded && pressure >= self.config.recover_at_percent);
+        self.shedding =
+            pressure >= self.config.shed_at_percent || (self.shedding && pressure >= self.config.recover_at_percent);
+        self.overloaded = pressure >= self.config.unready_at_percent
+            || (self.overloaded && pressure >= self.config.recover_at_percent);
         if facts.peers >= self.config.min_peers {
             self.enough_peers = Some(now);
         }
@@ -146,7 +148,16 @@ mod tests {
                 (gate.is_shedding(), report.ready)
             })
             .into();
-        let want = [(false, true), (true, true), (true, true), (true, false), (true, false), (true, false), (false, true), (true, true)];
+        let want = [
+            (false, true),
+            (true, true),
+            (true, true),
+            (true, false),
+            (true, false),
+            (true, false),
+            (false, true),
+            (true, true),
+        ];
         assert_eq!(seen, want);
     }
 
@@ -154,6 +165,9 @@ mod tests {
     fn lost_peers_are_forgiven_for_a_while_but_not_at_the_start() {
         let mut gate = Gate::new(Readiness { min_peers: 1, ..Readiness::default() });
         let mut at = |peers, now| gate.handle_facts(&Facts { peers, ..calm() }, Millis(now)).ready;
-        assert_eq!([at(0, 0), at(1, 10), at(0, 20), at(0, 10_009), at(0, 10_010), at(1, 10_011)], [false, true, true, true, false, true]);
+        assert_eq!(
+            [at(0, 0), at(1, 10), at(0, 20), at(0, 10_009), at(0, 10_010), at(1, 10_011)],
+            [false, true, true, true, false, true]
+        );
     }
 }

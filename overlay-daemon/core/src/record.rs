@@ -115,7 +115,16 @@ impl Envelope {
         let time_ms = from.try_get_u64().ok()?;
         let size = from.try_get_u32().ok()?;
         let hash = digest(from)?;
-        (size as usize <= MAX_BODY).then_some(Self { attributes, topic, origin, incarnation, sequence, time_ms, size, hash })
+        (size as usize <= MAX_BODY).then_some(Self {
+            attributes,
+            topic,
+            origin,
+            incarnation,
+            sequence,
+            time_ms,
+            size,
+            hash,
+        })
     }
 }
 

@@ -32,7 +32,7 @@ pub enum State {
 }
 
 impl State {
-    /// The state's name in `/sessions` and in metrics.
+    /// The state's name in the report of sessions.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -54,12 +54,12 @@ pub enum Role {
     Acceptor,
 }
 
-/// Deadlines, milliseconds.
+/// Deadlines.
 #[derive(Clone, Copy, Debug)]
 pub struct Timers {
-    /// From [`Session::new`] to HELLO answered.
-    pub handshake_ms: u64,
-    /// Without a frame either way.
+    /// Until when HELLO must be answered.
+    pub handshake_ends: Millis,
+    /// Milliseconds without a frame either way.
     pub idle_ms: u64,
 }
 
@@ -230,7 +230,11 @@ impl<K> Session<K> {
         let bad = |message| Err(Refusal::new(Status::BadRequest, message));
         let Some(stream) = self.streams.get(&frame.corr_id).filter(|stream| !stream.ours) else {
             // Sent before the refusal or the end of its stream was heard.
-            return if frame.corr_id <= self.last_theirs { Ok(Event::Nothing) } else { bad("the stream never started") };
+            return if frame.corr_id <= self.last_theirs {
+                Ok(Event::Nothing)
+            } else {
+                bad("the stream never started")
+            };
         };
         if (stream.app, stream.tenant) != (frame.app, frame.tenant) {
             return bad("a stream keeps its START's app_proto_id and tenant_id");
@@ -244,7 +248,8 @@ impl<K> Session<K> {
             return Ok(Event::Nothing);
         }
         let of = (frame.app, frame.tenant);
-        let ours = self.streams.get(&frame.corr_id).is_some_and(|stream| stream.ours && (stream.app, stream.tenant) == of);
+        let ours =
+            self.streams.get(&frame.corr_id).is_some_and(|stream| stream.ours && (stream.app, stream.tenant) == of);
         match (ours, frame.code) {
             (true, _) => Ok(Event::Answer(frame)),
             // A refusal is never answered by another, or two sides would do so for ever.
@@ -307,7 +312,9 @@ impl<K> Session<K> {
         let idle = self.timers.idle_ms;
         match self.state {
             State::Closed => return Ok(Tick::Nothing),
-            State::Idle | State::Handshake if now.since(self.opened) >= self.timers.handshake_ms => return Err(Reason::Timeout),
+            State::Idle | State::Handshake if now >= self.timers.handshake_ends => {
+                return Err(Reason::Timeout);
+            }
             State::Idle | State::Handshake => return Ok(Tick::Nothing),
             State::Active | State::Backoff => {}
         }
@@ -335,7 +342,7 @@ impl<K> Session<K> {
         let idle = self.timers.idle_ms;
         match self.state {
             State::Closed => None,
-            State::Idle | State::Handshake => Some(self.opened.after(self.timers.handshake_ms)),
+            State::Idle | State::Handshake => Some(self.timers.handshake_ends),
             State::Active | State::Backoff => {
                 let end = self.active.after(idle);
                 let ping = match (self.role, self.pinged) {

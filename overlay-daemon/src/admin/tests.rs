@@ -45,7 +45,7 @@ impl Running {
     }
 }
 
-/// I-10, G-8, A2: four paths, and nothing else.
+/// I-10, G-8: four paths, and nothing else.
 #[tokio::test]
 async fn four_paths_and_nothing_else() {
     let running = start().await;
@@ -102,7 +102,7 @@ async fn readiness_is_the_reports() {
     assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("the hub has stopped"), "{answer}");
 }
 
-/// A1: a head that never ends is closed at its deadline, and more of them than are held close
+/// A head that never ends is closed at its deadline, and more of them than are held close
 /// the oldest first; a probe is answered all the same.
 #[tokio::test]
 async fn slow_heads_do_not_keep_probes_out() {

@@ -112,12 +112,13 @@ pub(super) async fn target(args: &TargetArgs) -> Result<Session, ClientError> {
 pub(super) async fn local(args: &SocketArgs) -> Result<Session, ClientError> {
     let surroundings = Surroundings::of_process();
     let path = surroundings.socket(args)?;
-    let token = surroundings.token(args, Some(&path))?;
     let refused = |source| DialError::Socket { path: path.clone(), source };
     let stream = timeout(HELLO_TIMEOUT, UnixStream::connect(&path))
         .await
         .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
         .map_err(refused)?;
+    // After the socket: where there is none, its missing token is not the news.
+    let token = surroundings.token(args, Some(&path))?;
     greet(Box::new(stream), path.display().to_string(), token).await
 }
 

@@ -87,7 +87,10 @@ fn limits_and_timers_are_those_of_the_code() {
         ("streams that one side has open in a session", MAX_STREAMS),
         ("ids of an announcement", MAX_ANNOUNCED),
         ("from accept to HELLO answered, TLS included (`handshake_timeout_ms`)", ms(timers.handshake_timeout_ms)),
-        ("from a frame's first byte to its last (`read_timeout_ms`)", ms(timers.read_timeout_ms)),
+        (
+            "from a frame's first byte to its last, and from a publisher's Begin or chunk to its next chunk (`read_timeout_ms`)",
+            ms(timers.read_timeout_ms),
+        ),
         ("queued bytes must leave (`write_timeout_ms`)", ms(timers.write_timeout_ms)),
         ("without a frame either way the session ends (`idle_timeout_ms`)", ms(timers.idle_timeout_ms)),
         ("announcements wait for company, at most", ms(ANNOUNCE_MS)),

@@ -20,7 +20,7 @@ fn errors(volume: &Volume) -> Vec<String> {
     load(volume).err().expect("should be refused").iter().map(|e| e.to_string().replace(&folder, "")).collect()
 }
 
-/// T6: what is wrong is named by field and file, and never quoted.
+/// What is wrong is named by field and file, and never quoted.
 #[test]
 fn key_material_that_is_refused() {
     let (authority, other, root) = (Authority::new(), Authority::new(), TokenRoot::new());
@@ -92,7 +92,7 @@ fn every_file_that_is_missing_is_named_at_once() {
     assert!(found.iter().zip(NAMES).all(|(error, name)| error.contains(&format!("cannot read {name}: No such file"))));
 }
 
-/// N2: neither keys nor tokens show in what is printed.
+/// Neither keys nor tokens show in what is printed.
 #[test]
 fn nothing_secret_is_printed() {
     let files = Volume::files(&Authority::new(), &TokenRoot::new(), LeafOptions::default());
@@ -103,7 +103,7 @@ fn nothing_secret_is_printed() {
     assert_eq!(keys.current().peer_token(), files[4].trim().as_bytes());
 }
 
-/// P-4, K3 to K6: one token off at a time.
+/// P-4: one token off at a time.
 #[test]
 fn tokens_that_are_refused() {
     let (root, other) = (TokenRoot::new(), TokenRoot::new());
@@ -130,7 +130,7 @@ fn tokens_that_are_refused() {
     let text = local_claims().to_string();
     let doubled = text.replacen('{', "{\"sub\":\"local\",", 1);
     let hs256 = {
-        // The public key as an HMAC secret: the confusion that K3 names.
+        // The public key as an HMAC secret: a key of one algorithm taken for another's.
         let header = json!({"alg": "HS256", "typ": "JWT", "kid": root.kid}).to_string();
         let message = format!("{}.{}", base64url(header.as_bytes()), base64url(text.as_bytes()));
         let key = jsonwebtoken::EncodingKey::from_secret(root.key.public_key_raw());
@@ -146,7 +146,7 @@ fn tokens_that_are_refused() {
         ("as minted", good.clone(), Ok("granted")),
         ("again, from the cache", good.clone(), Ok("granted")),
         ("no typ", raw(&json!({"alg": "EdDSA", "kid": root.kid}).to_string(), &text), Ok("granted")),
-        ("nothing", String::new(), Err("a token is required")),
+        ("nothing", String::new(), Err("START carries no capability token")),
         ("too long", "a".repeat(2_049), Err("the token is too long")),
         ("not a token", "a.b".into(), Err(unreadable)),
         ("alg none", raw(&json!({"alg": "none", "kid": root.kid}).to_string(), &text), Err(unreadable)),
@@ -199,7 +199,7 @@ fn a_token_is_for_the_node_and_not_for_its_pod() {
     assert!(keys.verifier().verify(token.as_bytes(), &Holder::Local, NOW_MS).is_ok());
 }
 
-/// T6, and K1's other half: a swapped volume is noticed, a bad one changes nothing, and a key
+/// A swapped volume is noticed, a bad one changes nothing, and a key
 /// that is gone takes its tokens along, remembered or not.
 #[test]
 fn keys_are_replaced_whole_or_not_at_all() {

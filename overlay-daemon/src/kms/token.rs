@@ -95,7 +95,7 @@ impl TokenKeys {
 }
 
 /// Whether a header has `alg`, `typ` and `kid` alone: a key or certificate that a token brings
-/// along is never looked at, and what it calls critical is never skipped (attacks K3, K4).
+/// along is never looked at, and what it calls critical is never skipped.
 fn plain(header: &Header) -> bool {
     let Header { typ, alg: _, cty, jku, jwk, kid: _, x5u, x5c, x5t, x5t_s256, crit, enc, zip, url, nonce, extras } =
         header;
@@ -155,7 +155,7 @@ impl Verifier {
     /// that [`Grant::new`] refuses.
     pub fn verify(&self, cap: &[u8], holder: &Holder, unix_ms: u64) -> Result<Grant, Refusal> {
         if cap.is_empty() {
-            return Err(Refusal::new(Status::Unauthorized, "a token is required"));
+            return Err(Refusal::new(Status::Unauthorized, "START carries no capability token"));
         }
         if cap.len() > MAX_CAP {
             return Err(Refusal::new(Status::Unauthorized, "the token is too long"));

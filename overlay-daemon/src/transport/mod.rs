@@ -28,7 +28,7 @@ pub use pending::MAX_PENDING;
 pub use unix::{LocalConnection, LocalError, LocalListener};
 
 /// How long an accept loop waits once the system has no descriptor or memory for another
-/// connection: one without it spins (attack S3).
+/// connection: one without it spins.
 pub const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 /// The timeouts and caps of a transport (I-2).
@@ -40,7 +40,7 @@ pub struct TransportConfig {
     pub read: Duration,
     /// Bytes that are queued must leave within it.
     pub write: Duration,
-    /// No byte either way for so long ends a session.
+    /// No frame either way for so long ends a session: kept by the core's session machine.
     pub idle: Duration,
     /// TLS handshakes at once, counted from a complete ClientHello.
     pub max_handshakes_in_flight: usize,

@@ -1,5 +1,5 @@
 //! Connections that have not yet sent a ClientHello. They are bounded: past the bound the
-//! oldest goes, so that silent connections cannot keep honest ones out (attack T1).
+//! oldest goes, so that silent connections cannot keep honest ones out.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

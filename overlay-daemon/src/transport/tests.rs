@@ -153,7 +153,7 @@ async fn key_exchange_follows_the_policies() {
     }
 }
 
-/// T4, and every other way not to be let in: counted as `tls`, and told so where TLS can.
+/// Every way not to be let in: counted as `tls`, and told so where TLS can.
 #[tokio::test]
 async fn strangers_are_refused() {
     let (authority, foreign) = (Authority::new(), Authority::new());
@@ -201,7 +201,7 @@ async fn a_dial_refuses_another_authority() {
     assert!(told.unwrap_err().contains("BadSignature"));
 }
 
-/// T10: no session is ever resumed, however willing the client.
+/// No session is ever resumed, however willing the client.
 #[tokio::test]
 async fn nothing_is_resumed() {
     let authority = Authority::new();
@@ -232,7 +232,7 @@ async fn a_dial_ends_in_a_connection_or_names_the_address() {
     assert!(error.to_string().starts_with(&format!("cannot connect to {address}: ")), "{error}");
 }
 
-/// T1: one deadline for all of it, from the accept on. Time is paused: nothing here waits.
+/// One deadline for all of it, from the accept on. Time is paused: nothing here waits.
 #[tokio::test(start_paused = true)]
 async fn the_silent_are_closed_at_the_deadline() {
     let server = keys(&Authority::new(), KeyExchange::RequireHybrid);
@@ -266,7 +266,7 @@ async fn what_is_not_tls_is_refused_and_what_leaves_is_not() {
     }
 }
 
-/// T1: past the bound the oldest silent connection makes room, and no other.
+/// Past the bound the oldest silent connection makes room, and no other.
 #[tokio::test]
 async fn the_oldest_silent_connection_makes_room() {
     let pending = Pending::default();

@@ -51,7 +51,7 @@ pub enum LogFormat {
 /// A log's threshold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
+#[allow(missing_docs)] // the names say it
 pub enum LogLevel {
     Error,
     Warn,
@@ -167,7 +167,7 @@ pub struct Gossip {
     pub lane_depth_frames: u32,
     /// Frames a second that one session is sent of gossip, as a burst; 1 to 65,536.
     pub burst_frames: u32,
-    /// Times a message is passed on; 1 to 64 (attack G7).
+    /// Times a message is passed on; 1 to 64.
     pub max_hops: u8,
     /// Milliseconds for which a message is remembered and held for repair; 1,000 to
     /// 3,600,000. What is older by its origin's clock is refused.
@@ -231,7 +231,14 @@ pub struct Peer {
 impl DaemonConfig {
     /// Every default of `profile`, for files in the places given.
     #[must_use]
-    pub fn with_defaults(profile: Profile, listen: SocketAddr, metrics: SocketAddr, tls: Tls, token: Token, socket: PathBuf) -> Self {
+    pub fn with_defaults(
+        profile: Profile,
+        listen: SocketAddr,
+        metrics: SocketAddr,
+        tls: Tls,
+        token: Token,
+        socket: PathBuf,
+    ) -> Self {
         Self {
             format: FORMAT,
             overlay: Overlay::defaults(profile, listen),
@@ -320,7 +327,13 @@ impl Gossip {
 
 impl Default for Readiness {
     fn default() -> Self {
-        Self { min_peers: 0, peer_loss_grace_ms: 10_000, shed_at_percent: 80, unready_at_percent: 90, recover_at_percent: 60 }
+        Self {
+            min_peers: 0,
+            peer_loss_grace_ms: 10_000,
+            shed_at_percent: 80,
+            unready_at_percent: 90,
+            recover_at_percent: 60,
+        }
     }
 }
 

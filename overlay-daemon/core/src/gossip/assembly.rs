@@ -52,7 +52,8 @@ impl Assembly {
     /// Bit n: chunk n has not come.
     pub(super) fn missing(&self) -> u32 {
         let holes = self.pieces.iter().enumerate().filter(|(_, piece)| piece.is_none());
-        holes.fold(0, |bits, (index, _)| bits | 1_u32.checked_shl(u32::try_from(index).unwrap_or(u32::MAX)).unwrap_or(0))
+        holes
+            .fold(0, |bits, (index, _)| bits | 1_u32.checked_shl(u32::try_from(index).unwrap_or(u32::MAX)).unwrap_or(0))
     }
 
     /// Bytes that chunk `index` must have.
@@ -76,7 +77,15 @@ impl Assemblies {
     }
 
     /// Begins one. False where a bound refuses it: it stays announced and comes later.
-    pub(super) fn begin(&mut self, id: MessageId, tenant: TenantId, hops: u8, envelope: Envelope, from: LinkId, now: Millis) -> bool {
+    pub(super) fn begin(
+        &mut self,
+        id: MessageId,
+        tenant: TenantId,
+        hops: u8,
+        envelope: Envelope,
+        from: LinkId,
+        now: Millis,
+    ) -> bool {
         let own = self.0.values().filter(|assembly| assembly.from == from).count();
         if self.0.len() >= MAX_OPEN || own >= MAX_OPEN_A_LINK {
             return false;
@@ -90,10 +99,18 @@ impl Assemblies {
 
     /// A chunk came. Gives every message that it made whole; a payload that does not verify
     /// is dropped; whoever said that they have it is given instead.
-    pub(super) fn add(&mut self, tenant: TenantId, piece: &Piece, now: Millis) -> Vec<Result<Whole, (MessageId, LinkSet)>> {
+    pub(super) fn add(
+        &mut self,
+        tenant: TenantId,
+        piece: &Piece,
+        now: Millis,
+    ) -> Vec<Result<Whole, (MessageId, LinkSet)>> {
         let mut done = Vec::new();
         for (id, assembly) in &mut self.0 {
-            if assembly.tenant != tenant || assembly.envelope.hash != piece.hash || assembly.expected(piece.index) != piece.bytes.len() {
+            if assembly.tenant != tenant
+                || assembly.envelope.hash != piece.hash
+                || assembly.expected(piece.index) != piece.bytes.len()
+            {
                 continue;
             }
             let Some(slot @ None) = assembly.pieces.get_mut(piece.index as usize) else { continue };

@@ -65,7 +65,8 @@ impl Links {
     }
 
     pub(super) fn add(&mut self, cursor: u64) -> Option<LinkId> {
-        let free = (0..MAX_LINKS).filter_map(|n| u8::try_from(n).ok().map(LinkId)).find(|id| !self.links.contains_key(id))?;
+        let free =
+            (0..MAX_LINKS).filter_map(|n| u8::try_from(n).ok().map(LinkId)).find(|id| !self.links.contains_key(id))?;
         let eager = self.eager().len() < self.fanout;
         self.links.insert(free, Link { eager, cursor, paused: None });
         Some(free)

@@ -157,7 +157,13 @@ impl Engine {
     /// # Errors
     /// 403 for a tenant that is not carried here; 503 while the messages held are too many
     /// and too young.
-    pub fn publish(&mut self, draft: Draft, unix_ms: u64, now: Millis, out: &mut impl Outlet) -> Result<Delivery, Refusal> {
+    pub fn publish(
+        &mut self,
+        draft: Draft,
+        unix_ms: u64,
+        now: Millis,
+        out: &mut impl Outlet,
+    ) -> Result<Delivery, Refusal> {
         if !self.tenants.contains(&draft.tenant) {
             return Err(Refusal::new(Status::Forbidden, "this daemon does not carry that tenant"));
         }

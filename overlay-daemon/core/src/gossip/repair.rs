@@ -50,7 +50,10 @@ impl Wanted {
         *own += 1;
         let mut holders = LinkSet::default();
         holders.insert(link);
-        self.wants.insert(id, Want { tenant, holders, turn: 0, asked: 0, at: now.after(GRAFT_MS), asked_of: None, first: link });
+        self.wants.insert(
+            id,
+            Want { tenant, holders, turn: 0, asked: 0, at: now.after(GRAFT_MS), asked_of: None, first: link },
+        );
     }
 
     /// Forgets a message. Gives who else has it.

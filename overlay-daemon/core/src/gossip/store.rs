@@ -117,7 +117,15 @@ impl Store {
     }
 
     /// Keeps a new message, pushing out the oldest where a bound asks for it.
-    pub(super) fn insert(&mut self, id: MessageId, tenant: TenantId, envelope: Envelope, hops: u8, frames: Vec<Bytes>, now: Millis) -> Held {
+    pub(super) fn insert(
+        &mut self,
+        id: MessageId,
+        tenant: TenantId,
+        envelope: Envelope,
+        hops: u8,
+        frames: Vec<Bytes>,
+        now: Millis,
+    ) -> Held {
         let envelope = Arc::new(envelope);
         self.index.insert(id, self.end());
         self.order.push_back(Seen { id, at: now, envelope: Arc::clone(&envelope) });

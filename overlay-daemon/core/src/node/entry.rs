@@ -55,7 +55,15 @@ pub(super) enum Upload {
     /// None is under way.
     None,
     /// Chunks are coming, in order.
-    Open { hash: Digest, size: u32, attributes: u8, got: Vec<Bytes>, bytes: usize, hasher: Box<blake3::Hasher> },
+    Open {
+        hash: Digest,
+        size: u32,
+        attributes: u8,
+        got: Vec<Bytes>,
+        bytes: usize,
+        hasher: Box<blake3::Hasher>,
+        progress: Millis,
+    },
     /// It was refused; its chunks are dropped.
     Refused { hash: Digest },
 }
@@ -134,7 +142,8 @@ impl<'a> Wire<'a> {
 
     /// Queues one frame of an event or of gossip.
     pub(super) fn push(&mut self, id: SessionId, class: Class, frame: Frame) -> bool {
-        let taken = self.sessions.get_mut(&id).is_some_and(|entry| !entry.closing && entry.lanes.push(class, frame).is_ok());
+        let taken =
+            self.sessions.get_mut(&id).is_some_and(|entry| !entry.closing && entry.lanes.push(class, frame).is_ok());
         if taken {
             self.mark(id);
         }

@@ -50,8 +50,11 @@ pub struct Opening {
     pub holder: Holder,
     /// The configured peer that was dialled, by its place in the peers file.
     pub dialled: Option<usize>,
-    /// The key exchange, as `/sessions` names it: `hybrid`, `classical`, or `none`.
+    /// The key exchange, as the report of sessions names it: `hybrid`, `classical`, or `none`.
     pub group: &'static str,
+    /// Until when HELLO must be answered: one deadline from the connection's first moment,
+    /// of which TLS has used some already.
+    pub handshake_ends: Millis,
 }
 
 /// What the shell is to do.
@@ -74,6 +77,8 @@ pub enum Output {
 
 /// Bytes that one batch for a writer holds at the most.
 pub const BATCH_BYTES: usize = 256 * 1024;
+/// How often uploads that stand still are looked for.
+const UPLOADS_MS: u64 = 1_000;
 
 /// The daemon.
 #[derive(Debug)]
@@ -97,12 +102,20 @@ pub struct Node {
     /// When to look at a session again; never later than its machine asks.
     deadlines: BTreeSet<(Millis, SessionId)>,
     outputs: VecDeque<Output>,
+    /// When to look for uploads that stand still.
+    uploads_at: Millis,
 }
 
 impl Node {
     /// A daemon of this identity, without sessions.
     #[must_use]
-    pub fn new(config: DaemonConfig, peers: PeersConfig, identity: SpiffeId, incarnation: Incarnation, now: Millis) -> Self {
+    pub fn new(
+        config: DaemonConfig,
+        peers: PeersConfig,
+        identity: SpiffeId,
+        incarnation: Incarnation,
+        now: Millis,
+    ) -> Self {
         let me = Me { identity: identity.clone(), incarnation };
         let tenants = config.overlay.tenants.clone();
         Self {
@@ -122,6 +135,7 @@ impl Node {
             sendable: VecDeque::new(),
             deadlines: BTreeSet::new(),
             outputs: VecDeque::new(),
+            uploads_at: now.after(UPLOADS_MS),
         }
     }
 
@@ -145,9 +159,12 @@ impl Node {
         }
         let role = if opening.dialled.is_some() { Role::Dialler } else { Role::Acceptor };
         let limits = &self.config.overlay;
-        let timers = Timers { handshake_ms: limits.handshake_timeout_ms, idle_ms: limits.idle_timeout_ms };
+        let timers = Timers { handshake_ends: opening.handshake_ends, idle_ms: limits.idle_timeout_ms };
         let mut session = Session::new(role, timers, now);
-        let hello = Hello { ua: Some(concat!("overlay-daemon/", env!("CARGO_PKG_VERSION")).into()), daemon: Some(self.hello.clone()) };
+        let hello = Hello {
+            ua: Some(concat!("overlay-daemon/", env!("CARGO_PKG_VERSION")).into()),
+            daemon: Some(self.hello.clone()),
+        };
         let greeting = session.handle_connected(&hello, now);
         let mut entry = Entry::new(session, opening, &self.config, now);
         entry.deadline = entry.session.poll_timeout();
@@ -277,6 +294,10 @@ impl Node {
             self.deadlines.pop_first();
             self.session_timeout(id, clock);
         }
+        if now >= self.uploads_at {
+            self.uploads_at = now.after(UPLOADS_MS);
+            self.refuse_stalled_uploads(now);
+        }
         let mut wire = Wire::new(&mut self.sessions, &self.links, &mut self.sendable);
         self.engine.handle_timeout(now, &mut wire);
     }
@@ -300,7 +321,10 @@ impl Node {
     /// When [`Self::handle_timeout`] has something to do next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Millis> {
-        [self.deadlines.first().map(|(at, _)| *at), self.engine.poll_timeout()].into_iter().flatten().min()
+        [self.deadlines.first().map(|(at, _)| *at), self.engine.poll_timeout(), Some(self.uploads_at)]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// SIGTERM, after the delay: no new sessions, no new writes, and subscribers are told.
@@ -389,9 +413,11 @@ impl Node {
     }
 }
 
-/// Whether a queued frame answers a request, which is in flight until the writer has it.
+/// Whether a queued frame answers a request that was taken, which is in flight until the writer
+/// has it. A refused one never was: whoever sends many and reads nothing takes no place from
+/// others, and ends by its full lane.
 fn counts_as_answer(frame: &Frame) -> bool {
-    frame.flags.has(Flags::RESP) && frame.app != AppProto::CONTROL
+    frame.flags.has(Flags::RESP) && frame.app != AppProto::CONTROL && frame.code < Status::BadRequest.code()
 }
 
 #[cfg(test)]

@@ -4,11 +4,15 @@
 use super::{Clock, Entry, Kind, Node, Output, Party, SessionId, Wire};
 use crate::control::{DaemonHello, Open, json};
 use crate::frame::{AppProto, Frame};
+use crate::gossip::MAX_LINKS;
 use crate::grant::Holder;
 use crate::identity::SpiffeId;
 use crate::lanes::Class;
 use crate::session::Role;
 use crate::status::{Reason, Status};
+
+/// After a refusal that names no time, a gossip stream is asked for again.
+const REFUSED_MS: u64 = 10_000;
 
 impl Node {
     /// HELLO was exchanged: a daemon that is configured becomes a link, anyone else a client.
@@ -33,6 +37,10 @@ impl Node {
             return;
         };
         if !self.prefer(id, &identity, &daemon) {
+            return;
+        }
+        if !self.leaves_room(configured) {
+            self.drop_session(id, Some(Reason::Quota));
             return;
         }
         let Some(link) = self.engine.handle_link_up(clock.now) else {
@@ -72,13 +80,30 @@ impl Node {
         }
     }
 
+    /// Whether a session with this configured peer leaves a link for each of those that have
+    /// none: a daemon that comes as many cannot keep the others out.
+    fn leaves_room(&self, configured: Option<usize>) -> bool {
+        let mut missing: Vec<bool> = self.peers.peers.iter().map(|_| true).collect();
+        for place in self.sessions.values().filter_map(|entry| entry.remote()?.configured) {
+            missing[place] = false;
+        }
+        let awaited = configured.is_some_and(|place| missing[place]);
+        awaited || self.links.len() + missing.iter().filter(|missing| **missing).count() < MAX_LINKS
+    }
+
     /// Of two sessions between one pair, the one dialled by the lower (identity, incarnation)
     /// stays; of two dialled by the same side, the newer. Whether that is `id`.
     fn prefer(&mut self, id: SessionId, identity: &SpiffeId, daemon: &DaemonHello) -> bool {
         let same = |entry: &Entry| {
-            entry.remote().is_some_and(|remote| remote.identity == *identity && remote.incarnation == daemon.incarnation)
+            entry
+                .remote()
+                .is_some_and(|remote| remote.identity == *identity && remote.incarnation == daemon.incarnation)
         };
-        let Some(other) = self.sessions.iter().find(|(other, entry)| **other != id && !entry.closing && same(entry)).map(|(other, _)| *other)
+        let Some(other) = self
+            .sessions
+            .iter()
+            .find(|(other, entry)| **other != id && !entry.closing && same(entry))
+            .map(|(other, _)| *other)
         else {
             return true;
         };
@@ -100,7 +125,13 @@ impl Node {
             if asked || remote.streams.contains_key(&tenant) {
                 continue;
             }
-            let start = entry.session.open_ours(AppProto::GOSSIP, tenant, token.clone(), json(&Open::Gossip {}), Kind::GossipOut);
+            let start = entry.session.open_ours(
+                AppProto::GOSSIP,
+                tenant,
+                token.clone(),
+                json(&Open::Gossip {}),
+                Kind::GossipOut,
+            );
             self.push(id, Class::Control, start);
         }
     }
@@ -122,11 +153,14 @@ impl Node {
         if let Some(remote) = entry.remote_mut() {
             remote.streams.remove(&tenant);
         }
-        if frame.code == Status::QuotaExhausted.code() || frame.code == Status::Unavailable.code() {
-            let wait = crate::control::parse::<crate::status::ErrorBody>(&frame.payload).and_then(|body| body.retry_after_ms);
-            entry.session.back_off(wait.unwrap_or(1_000).clamp(100, 60_000), clock.now);
-            self.reschedule(id);
-        }
+        // Other refusals may pass too: the peer may not have the keys of a new token yet. A
+        // session without its stream would count as a peer and carry nothing.
+        let soon = frame.code == Status::QuotaExhausted.code() || frame.code == Status::Unavailable.code();
+        let wait =
+            crate::control::parse::<crate::status::ErrorBody>(&frame.payload).and_then(|body| body.retry_after_ms);
+        let wait = wait.filter(|_| soon).unwrap_or(if soon { 1_000 } else { REFUSED_MS });
+        entry.session.back_off(wait.clamp(100, 60_000), clock.now);
+        self.reschedule(id);
     }
 
     /// Closes a session without waiting for what it has queued.
@@ -146,7 +180,8 @@ impl Node {
             self.engine.handle_link_down(remote.link);
         }
         let Some(peer) = remote.configured else { return };
-        let another = self.sessions.values().any(|entry| entry.remote().is_some_and(|other| other.configured == Some(peer)));
+        let another =
+            self.sessions.values().any(|entry| entry.remote().is_some_and(|other| other.configured == Some(peer)));
         if !another {
             self.outputs.push_back(Output::Peer { peer, up: false });
         }
@@ -155,7 +190,8 @@ impl Node {
     /// Distinct daemons with an active session.
     #[must_use]
     pub fn peers_up(&self) -> u32 {
-        let mut seen: Vec<_> = self.sessions.values().filter_map(Entry::remote).map(|r| (&r.identity, r.incarnation)).collect();
+        let mut seen: Vec<_> =
+            self.sessions.values().filter_map(Entry::remote).map(|r| (&r.identity, r.incarnation)).collect();
         seen.sort_unstable();
         seen.dedup();
         u32::try_from(seen.len()).unwrap_or(u32::MAX)

@@ -6,6 +6,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::entry::{Entry, Upload};
 use super::{Clock, Kind, Node, Output, SessionId};
+use crate::Millis;
 use crate::frame::{AppProto, CHUNK, Flags, Frame, MAX_BODY};
 use crate::gossip::{Draft, Held, class_of, digest};
 use crate::identity::{TenantId, Topic};
@@ -39,6 +40,11 @@ impl Subscriptions {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// By its own streams: what others subscribed to costs nothing here.
     pub(super) fn remove_session(&mut self, id: SessionId, entry: &Entry) {
         for (corr_id, stream) in entry.session.streams() {
@@ -63,7 +69,8 @@ impl Node {
     /// The id to answer with, once a message is whole and kept.
     fn accept_publish(&mut self, id: SessionId, frame: Frame, clock: Clock) -> Result<Option<Bytes>, Refusal> {
         let attributes = u8::from(frame.flags.has(Flags::APP_E2E));
-        let publish = Publish::decode(frame.payload.clone()).ok_or(Refusal::new(Status::BadRequest, "not a publish record"))?;
+        let publish =
+            Publish::decode(frame.payload.clone()).ok_or(Refusal::new(Status::BadRequest, "not a publish record"))?;
         match publish {
             Publish::Message(payload) => {
                 self.admit_message(id, frame.corr_id, clock)?;
@@ -76,7 +83,10 @@ impl Node {
             Publish::Begin { size, hash } => {
                 let verdict = self.admit_upload(id, frame.corr_id, size, clock);
                 let next = match &verdict {
-                    Ok(()) => Upload::Open { hash, size, attributes, got: Vec::new(), bytes: 0, hasher: Box::default() },
+                    Ok(()) => {
+                        let hasher = Box::default();
+                        Upload::Open { hash, size, attributes, got: Vec::new(), bytes: 0, hasher, progress: clock.now }
+                    }
                     Err(_) => Upload::Refused { hash },
                 };
                 let replaced = self.set_upload(id, frame.corr_id, next);
@@ -107,7 +117,10 @@ impl Node {
     /// G-6: 413 from the announced size, before any chunk.
     fn admit_upload(&mut self, id: SessionId, corr_id: u64, size: u32, clock: Clock) -> Result<(), Refusal> {
         if size as usize > MAX_BODY {
-            return Err(Refusal::new(Status::PayloadTooLarge, "a published message is at most 1 MiB; larger objects are for put"));
+            return Err(Refusal::new(
+                Status::PayloadTooLarge,
+                "a published message is at most 1 MiB; larger objects are for put",
+            ));
         }
         if size as usize <= CHUNK {
             return Err(Refusal::new(Status::BadRequest, "up to 64 KiB a message is sent whole"));
@@ -122,14 +135,20 @@ impl Node {
         }
     }
 
-    fn accept_piece(&mut self, id: SessionId, frame: &Frame, piece: Piece, clock: Clock) -> Result<Option<Bytes>, Refusal> {
+    fn accept_piece(
+        &mut self,
+        id: SessionId,
+        frame: &Frame,
+        piece: Piece,
+        clock: Clock,
+    ) -> Result<Option<Bytes>, Refusal> {
         let bad = |message| Err(Refusal::new(Status::BadRequest, message));
         match self.set_upload(id, frame.corr_id, Upload::None) {
             Some(Upload::Refused { hash }) if hash == piece.hash => {
                 self.set_upload(id, frame.corr_id, Upload::Refused { hash });
                 Ok(None)
             }
-            Some(Upload::Open { hash, size, attributes, mut got, bytes, mut hasher }) => {
+            Some(Upload::Open { hash, size, attributes, mut got, bytes, mut hasher, .. }) => {
                 let expected = (size as usize - bytes).min(CHUNK);
                 if hash != piece.hash || piece.index as usize != got.len() || piece.bytes.len() != expected {
                     self.forget_upload(id);
@@ -140,7 +159,11 @@ impl Node {
                 let bytes = bytes + piece.bytes.len();
                 got.push(piece.bytes);
                 if bytes < size as usize {
-                    self.set_upload(id, frame.corr_id, Upload::Open { hash, size, attributes, got, bytes, hasher });
+                    self.set_upload(
+                        id,
+                        frame.corr_id,
+                        Upload::Open { hash, size, attributes, got, bytes, hasher, progress: clock.now },
+                    );
                     return Ok(None);
                 }
                 self.forget_upload(id);
@@ -161,6 +184,30 @@ impl Node {
             entry.quota.leave(1);
         }
         self.quota.leave(1);
+    }
+
+    /// An upload whose next chunk does not come is refused: it holds memory, and a place among
+    /// the requests in flight that others wait for.
+    pub(super) fn refuse_stalled_uploads(&mut self, now: Millis) {
+        let patience = self.config.overlay.read_timeout_ms;
+        let is_stalled = |upload: &Upload| match upload {
+            Upload::Open { hash, progress, .. } if now.since(*progress) >= patience => Some(*hash),
+            Upload::Open { .. } | Upload::Refused { .. } | Upload::None => None,
+        };
+        let mut stalled = Vec::new();
+        for (id, entry) in self.sessions.iter().filter(|(_, entry)| entry.quota.inflight() > 0) {
+            for (corr_id, stream) in entry.session.streams() {
+                if let Kind::Publish { upload, .. } = &stream.kind {
+                    stalled.extend(is_stalled(upload).map(|hash| (*id, corr_id, stream.tenant, hash)));
+                }
+            }
+        }
+        for (id, corr_id, tenant, hash) in stalled {
+            self.set_upload(id, corr_id, Upload::Refused { hash });
+            self.forget_upload(id);
+            let to = Frame::new(Flags::REQ, AppProto::PUBSUB, tenant, corr_id, Bytes::new());
+            self.refuse(id, &to, &Refusal::new(Status::BadRequest, "the next chunk did not come in time"), false);
+        }
     }
 
     fn originate(

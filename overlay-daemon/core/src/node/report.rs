@@ -1,4 +1,4 @@
-//! The state of a daemon as `/sessions` shows it: for its operator, never in metric labels.
+//! The state of a daemon as `overlay-daemon status` shows it: for its operator, never in metric labels.
 
 use bytes::Bytes;
 use serde_json::json;
@@ -42,13 +42,6 @@ impl Node {
             }
         }
         inflight
-    }
-
-    /// Active sessions by key exchange: hybrid, classical, and without TLS.
-    #[must_use]
-    pub fn sessions_by_group(&self) -> [u32; 3] {
-        let count = |group| u32::try_from(self.sessions.values().filter(|e| e.group == group).count()).unwrap_or(u32::MAX);
-        [count("hybrid"), count("classical"), count("none")]
     }
 }
 

@@ -37,7 +37,8 @@ impl Node {
         if !self.config.overlay.tenants.contains(&start.tenant) {
             return Err(Refusal::new(Status::Forbidden, "this daemon does not carry that tenant"));
         }
-        let open: Open = parse(&start.payload).ok_or(Refusal::new(Status::BadRequest, "the START's payload names no operation"))?;
+        let open: Open =
+            parse(&start.payload).ok_or(Refusal::new(Status::BadRequest, "the START's payload names no operation"))?;
         match (start.app, open) {
             (AppProto::PUBSUB, Open::Publish { topic }) => {
                 grant.permit(Action::Publish, start.tenant, Some(&topic))?;
@@ -116,7 +117,9 @@ impl Node {
     }
 
     fn gossip(&mut self, id: SessionId, frame: Frame, clock: Clock) {
-        let Some(link) = self.sessions.get(&id).and_then(|entry| entry.remote()).map(|remote| remote.link) else { return };
+        let Some(link) = self.sessions.get(&id).and_then(|entry| entry.remote()).map(|remote| remote.link) else {
+            return;
+        };
         let tenant = frame.tenant;
         let Some(record) = Record::decode(frame.payload) else {
             self.outputs.push_back(Output::Rejected(Reason::Protocol));

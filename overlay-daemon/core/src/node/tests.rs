@@ -36,7 +36,6 @@ fn two_daemons_become_peers_by_one_session() {
     sim.run(100);
     assert_eq!((sim.nodes[0].peers_up(), sim.nodes[1].peers_up()), (1, 1));
     assert_eq!((sim.nodes[0].sessions.len(), sim.nodes[1].sessions.len()), (1, 1), "of the two, one stayed");
-    assert_eq!(sim.nodes[0].sessions_by_group(), [1, 0, 0]);
 }
 
 #[test]
@@ -196,7 +195,9 @@ fn a_slow_subscriber_is_told_of_its_gap() {
 fn a_start_without_a_grant_is_401() {
     let mut sim = Sim::new(1);
     let client = sim.client(0);
-    let start = |corr_id, open: &Open| Frame::new(Flags::REQ | Flags::START, AppProto::PUBSUB, TenantId(0), corr_id, json(open));
+    let start = |corr_id, open: &Open| {
+        Frame::new(Flags::REQ | Flags::START, AppProto::PUBSUB, TenantId(0), corr_id, json(open))
+    };
     let topic: crate::identity::Topic = TOPIC.parse().unwrap();
     sim.client_starts(0, client, start(3, &Open::Publish { topic: topic.clone() }), None);
     sim.client_starts(0, client, start(5, &Open::Publish { topic: "other".parse().unwrap() }), Some(sim.grant()));
@@ -226,7 +227,10 @@ fn shedding_and_draining() {
     let codes: Vec<u16> = sim.client_frames(0, publisher).iter().map(|frame| frame.code).collect();
     assert_eq!(codes, [200, 200, 503, 503], "START, a, b, c");
     let last = sim.client_frames(0, subscriber);
-    assert_eq!((texts(&last), last.last().map(|f| (f.code, f.flags.has(Flags::END)))), (vec!["a".to_owned()], Some((503, true))));
+    assert_eq!(
+        (texts(&last), last.last().map(|f| (f.code, f.flags.has(Flags::END)))),
+        (vec!["a".to_owned()], Some((503, true)))
+    );
     assert!(sim.nodes[0].is_drained());
 }
 
@@ -251,7 +255,8 @@ fn the_report_names_every_session() {
     sim.client_starts(0, client, start, Some(sim.grant()));
     sim.run(20);
     let report: serde_json::Value = serde_json::from_slice(&sim.client_frames(0, client)[1].payload).unwrap();
-    let kinds: Vec<_> = report["sessions"].as_array().unwrap().iter().map(|s| (s["kind"].clone(), s["peer"].clone())).collect();
+    let kinds: Vec<_> =
+        report["sessions"].as_array().unwrap().iter().map(|s| (s["kind"].clone(), s["peer"].clone())).collect();
     assert_eq!(kinds, [("peer".into(), "node-1".into()), ("local".into(), serde_json::Value::Null)]);
 }
 
@@ -270,4 +275,113 @@ fn a_long_absence_is_made_good() {
     sim.run(40_000);
     assert_eq!(texts(&sim.client_frames(1, subscriber)).len(), 6_000);
     assert_eq!(sim.nodes[1].counts().lost, 0);
+}
+
+/// I-9: uploads that stand still hold no place among the requests in flight for ever.
+#[test]
+fn an_upload_that_stands_still_is_refused() {
+    let mut sim = Sim::new(1);
+    let publisher = sim.publisher(0);
+    publish(&mut sim, 0, publisher, 1, &Publish::Begin { size: 1_048_576, hash: [0; 32] });
+    sim.run(4_000);
+    assert_eq!(sim.nodes[0].quota.inflight(), 1);
+    sim.run(2_500);
+    assert_eq!(sim.nodes[0].quota.inflight(), 0);
+    let piece = crate::record::Piece { hash: [0; 32], index: 0, bytes: vec![0; 65_536].into() };
+    publish(&mut sim, 0, publisher, 1, &Publish::Piece(piece));
+    publish(&mut sim, 0, publisher, 1, &Publish::Message("after".into()));
+    sim.run(50);
+    let codes: Vec<u16> = sim.client_frames(0, publisher).iter().map(|frame| frame.code).collect();
+    assert_eq!(codes, [200, 400, 200], "START, the refusal, and the stream goes on");
+}
+
+/// A session that ends takes its own subscriptions along, and no other's.
+#[test]
+fn subscriptions_end_with_their_session() {
+    let mut sim = Sim::new(1);
+    let (gone, stays) = (sim.subscriber(0), sim.subscriber(0));
+    sim.nodes[0].handle_closed(gone);
+    let publisher = sim.publisher(0);
+    publish(&mut sim, 0, publisher, 1, &Publish::Message("x".into()));
+    sim.run(20);
+    assert_eq!((texts(&sim.client_frames(0, gone)).len(), texts(&sim.client_frames(0, stays)).len()), (0, 1));
+    sim.nodes[0].handle_closed(stays);
+    assert!(sim.nodes[0].subscriptions.is_empty());
+}
+
+/// A peer that refuses the gossip stream for now is asked again, and then gets everything.
+#[test]
+fn a_refused_gossip_stream_is_asked_for_again() {
+    let mut sim = Sim::new(2);
+    let publisher = sim.publisher(0);
+    publish(&mut sim, 0, publisher, 1, &Publish::Message("x".into()));
+    let subscriber = sim.subscriber(1);
+    sim.dial(0, 1);
+    sim.refuse_starts = true;
+    sim.run(5_000);
+    assert_eq!((sim.nodes[0].peers_up(), texts(&sim.client_frames(1, subscriber)).len()), (1, 0));
+    sim.refuse_starts = false;
+    sim.run(10_000);
+    assert_eq!(texts(&sim.client_frames(1, subscriber)), ["x"]);
+}
+
+/// The shallowest lane takes the largest message.
+#[test]
+fn a_mebibyte_fits_the_shallowest_lane() {
+    let mut sim = Sim::with(2, |config| config.gossip.lane_depth_frames = 8);
+    sim.dial(0, 1);
+    sim.run(100);
+    let subscriber = sim.subscriber(1);
+    let publisher = sim.publisher(0);
+    let payload = Bytes::from(vec![5; 1_048_576]);
+    let hash = crate::gossip::digest(&payload);
+    publish(&mut sim, 0, publisher, 1, &Publish::Begin { size: 1_048_576, hash });
+    for piece in pieces(&payload, hash) {
+        publish(&mut sim, 0, publisher, 1, &Publish::Piece(piece));
+    }
+    sim.run(1_000);
+    let chunks =
+        delivered(&sim.client_frames(1, subscriber)).iter().filter(|record| matches!(record, Record::Piece(_))).count();
+    assert_eq!(chunks, 16);
+}
+
+/// I-9: refusals that are not read are nobody's requests in flight.
+#[test]
+fn unread_refusals_take_no_place_in_flight() {
+    let mut sim = Sim::new(1);
+    let client = sim.publisher(0);
+    sim.stall(0, client, true);
+    for _ in 0..200 {
+        publish(
+            &mut sim,
+            0,
+            client,
+            1,
+            &Publish::Piece(crate::record::Piece { hash: [0; 32], index: 0, bytes: vec![0; 1].into() }),
+        );
+    }
+    assert_eq!((sim.nodes[0].quota.inflight(), sim.nodes[0].pressure()), (0, 0));
+}
+
+/// Many sessions of one peer leave a link for every other that is configured.
+#[test]
+fn one_peer_does_not_take_every_link() {
+    let mut sim = Sim::new(3);
+    let clock = sim.clock();
+    for n in 0..100 {
+        let id = SessionId(1_000 + n);
+        let holder = Holder::Certificate(sim.nodes[1].identity.clone());
+        assert!(sim.nodes[0].handle_open(
+            id,
+            Opening { holder, dialled: None, group: "hybrid", handshake_ends: Millis(3_000) },
+            clock.now
+        ));
+        let daemon = DaemonHello { name: "node-1".into(), incarnation: Incarnation(1_000 + n) };
+        let hello = json(&Hello { ua: None, daemon: Some(daemon) });
+        sim.nodes[0].handle_frame(id, Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), 1, hello), None, clock);
+    }
+    sim.dial(2, 0);
+    sim.run(100);
+    assert_eq!(sim.nodes[2].peers_up(), 1);
+    assert_eq!(sim.nodes[0].links.len(), crate::gossip::MAX_LINKS);
 }

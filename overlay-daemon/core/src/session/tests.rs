@@ -2,7 +2,7 @@
 
 use super::*;
 
-const TIMERS: Timers = Timers { handshake_ms: 3_000, idle_ms: 15_000 };
+const TIMERS: Timers = Timers { handshake_ends: Millis(3_000), idle_ms: 15_000 };
 
 fn acceptor() -> Session<()> {
     let mut session = Session::new(Role::Acceptor, TIMERS, Millis(0));
@@ -19,7 +19,10 @@ fn active() -> Session<()> {
     let mut session = acceptor();
     let hello = frame(Flags::REQ, AppProto::CONTROL, 1);
     assert!(matches!(session.handle_frame(hello.clone(), Millis(0)), Ok(Event::Hello(..))));
-    session.answer_hello(&hello, &HelloReply::of(crate::control::DaemonHello { name: "a".into(), incarnation: Default::default() }, 32));
+    session.answer_hello(
+        &hello,
+        &HelloReply::of(crate::control::DaemonHello { name: "a".into(), incarnation: Default::default() }, 32),
+    );
     let start = frame(Flags::REQ | Flags::START, AppProto::PUBSUB, 3);
     assert!(matches!(session.handle_frame(start.clone(), Millis(0)), Ok(Event::Start(_))));
     session.open_theirs(&start, ());
@@ -86,7 +89,10 @@ fn late_frames_of_an_ended_stream_are_dropped() {
     let mut session = active();
     session.close_stream(3);
     assert_eq!(session.handle_frame(frame(Flags::REQ, AppProto::PUBSUB, 3), Millis(0)), Ok(Event::Nothing));
-    assert_eq!(session.handle_frame(Frame { code: 503, ..frame(Flags::RESP, AppProto::PUBSUB, 2) }, Millis(0)), Ok(Event::Nothing));
+    assert_eq!(
+        session.handle_frame(Frame { code: 503, ..frame(Flags::RESP, AppProto::PUBSUB, 2) }, Millis(0)),
+        Ok(Event::Nothing)
+    );
 }
 
 #[test]
@@ -110,11 +116,17 @@ fn streams_are_bounded() {
 fn timers() {
     let mut silent = acceptor();
     assert_eq!(silent.poll_timeout(), Some(Millis(3_000)));
-    assert_eq!((silent.handle_timeout(Millis(2_999)), silent.handle_timeout(Millis(3_000))), (Ok(Tick::Nothing), Err(Reason::Timeout)));
+    assert_eq!(
+        (silent.handle_timeout(Millis(2_999)), silent.handle_timeout(Millis(3_000))),
+        (Ok(Tick::Nothing), Err(Reason::Timeout))
+    );
 
     let mut idle = active();
     assert_eq!(idle.poll_timeout(), Some(Millis(15_000)));
-    assert_eq!((idle.handle_timeout(Millis(14_999)), idle.handle_timeout(Millis(15_000))), (Ok(Tick::Nothing), Err(Reason::Timeout)));
+    assert_eq!(
+        (idle.handle_timeout(Millis(14_999)), idle.handle_timeout(Millis(15_000))),
+        (Ok(Tick::Nothing), Err(Reason::Timeout))
+    );
 
     let mut dialler = Session::<()>::new(Role::Dialler, TIMERS, Millis(0));
     dialler.handle_connected(&Hello::default(), Millis(0));
@@ -148,7 +160,10 @@ fn a_deadline_that_passed_is_not_asked_for_again() {
     let mut dialler = Session::<()>::new(Role::Dialler, TIMERS, Millis(0));
     dialler.handle_connected(&Hello::default(), Millis(0));
     let daemon = crate::control::DaemonHello { name: "a".into(), incarnation: Default::default() };
-    let reply = Frame { code: 200, ..Frame::new(Flags::RESP, AppProto::CONTROL, TenantId(0), 1, json(&HelloReply::of(daemon, 32))) };
+    let reply = Frame {
+        code: 200,
+        ..Frame::new(Flags::RESP, AppProto::CONTROL, TenantId(0), 1, json(&HelloReply::of(daemon, 32)))
+    };
     assert!(matches!(dialler.handle_frame(reply, Millis(0)), Ok(Event::Welcomed(_))));
     let mut pings = 0;
     let mut ended = None;
@@ -175,7 +190,8 @@ fn a_deadline_that_passed_is_not_asked_for_again() {
 fn an_answer_for_another_tenant_is_illegal() {
     let mut session = active();
     let start = session.open_ours(AppProto::GOSSIP, TenantId(1), Bytes::new(), Bytes::new(), ());
-    let answer = |tenant| Frame { code: 200, tenant: TenantId(tenant), ..frame(Flags::RESP, AppProto::GOSSIP, start.corr_id) };
+    let answer =
+        |tenant| Frame { code: 200, tenant: TenantId(tenant), ..frame(Flags::RESP, AppProto::GOSSIP, start.corr_id) };
     assert_eq!(session.handle_frame(answer(2), Millis(0)).unwrap_err().status, Status::BadRequest);
     assert!(matches!(session.handle_frame(answer(1), Millis(0)), Ok(Event::Answer(_))));
 }

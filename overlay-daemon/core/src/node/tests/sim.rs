@@ -28,6 +28,8 @@ pub(super) struct Sim {
     stalled: BTreeSet<End>,
     black: BTreeSet<usize>,
     rejected: BTreeMap<(usize, Reason), u64>,
+    /// Peers' tokens do not verify.
+    pub(super) refuse_starts: bool,
 }
 
 fn identity(node: usize) -> SpiffeId {
@@ -42,12 +44,19 @@ impl Sim {
     pub(super) fn with(count: usize, change: impl Fn(&mut DaemonConfig)) -> Self {
         let nodes = (0..count).map(|n| {
             let any = "127.0.0.1:1".parse().unwrap();
-            let tls = Tls { certificate: "c".into(), key: "k".into(), ca: "a".into(), key_exchange: KeyExchange::RequireHybrid };
+            let tls = Tls {
+                certificate: "c".into(),
+                key: "k".into(),
+                ca: "a".into(),
+                key_exchange: KeyExchange::RequireHybrid,
+            };
             let token = Token { keys: "k".into(), file: "t".into() };
             let mut config = DaemonConfig::with_defaults(Profile::Micronode, any, any, tls, token, "s".into());
             change(&mut config);
             let others = (0..count).filter(|other| *other != n || count == 1);
-            let peers = others.map(|p| Peer { name: format!("node-{p}"), address: "x:1".into(), identity: identity(p) }).collect();
+            let peers = others
+                .map(|p| Peer { name: format!("node-{p}"), address: "x:1".into(), identity: identity(p) })
+                .collect();
             let peers = PeersConfig { format: FORMAT, name: format!("node-{n}"), peers };
             Node::new(config, peers, identity(n), Incarnation(n as u64 + 1), Millis(0))
         });
@@ -61,10 +70,11 @@ impl Sim {
             stalled: BTreeSet::new(),
             black: BTreeSet::new(),
             rejected: BTreeMap::new(),
+            refuse_starts: false,
         }
     }
 
-    fn clock(&self) -> Clock {
+    pub(super) fn clock(&self) -> Clock {
         Clock { now: Millis(self.now), unix_ms: UNIX_MS + self.now }
     }
 
@@ -85,7 +95,13 @@ impl Sim {
         self.wires.insert(a, b);
         self.wires.insert(b, a);
         let place = self.nodes[from].peers.peers.iter().position(|peer| peer.identity == identity(to));
-        let opening = |of, dialled| Opening { holder: Holder::Certificate(identity(of)), dialled, group: "hybrid" };
+        let handshake_ends = self.clock().now.after(3_000);
+        let opening = |of, dialled| Opening {
+            holder: Holder::Certificate(identity(of)),
+            dialled,
+            group: "hybrid",
+            handshake_ends,
+        };
         let now = self.clock().now;
         assert!(self.nodes[to].handle_open(b.session, opening(from, None), now));
         assert!(self.nodes[from].handle_open(a.session, opening(to, place), now));
@@ -115,7 +131,8 @@ impl Sim {
     pub(super) fn client(&mut self, node: usize) -> SessionId {
         let end = self.end(node);
         self.clients.insert(end, Vec::new());
-        let opening = Opening { holder: Holder::Local, dialled: None, group: "none" };
+        let handshake_ends = self.clock().now.after(3_000);
+        let opening = Opening { holder: Holder::Local, dialled: None, group: "none", handshake_ends };
         let now = self.clock().now;
         assert!(self.nodes[node].handle_open(end.session, opening, now));
         let hello = Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), 1, json(&Hello::default()));
@@ -195,7 +212,10 @@ impl Sim {
             let clock = self.clock();
             let due: Vec<_> = self.in_flight.extract_if(.., |(at, ..)| *at <= clock.now.0).collect();
             for (_, to, frame) in due {
-                let grant = frame.flags.has(Flags::START).then(|| Ok(self.peer_grant(to)));
+                let grant = frame.flags.has(Flags::START).then(|| match self.refuse_starts {
+                    true => Err(Refusal::new(Status::Unauthorized, "the token's key is not known")),
+                    false => Ok(self.peer_grant(to)),
+                });
                 self.nodes[to.node].handle_frame(to.session, frame, grant, clock);
             }
             for node in 0..self.nodes.len() {
@@ -212,7 +232,9 @@ impl Sim {
             let end = End { node, session };
             if let Some(received) = self.clients.get_mut(&end) {
                 received.extend(frames);
-            } else if let Some(to) = self.wires.get(&end).filter(|to| !(self.black.contains(&node) && self.black.contains(&to.node))) {
+            } else if let Some(to) =
+                self.wires.get(&end).filter(|to| !(self.black.contains(&node) && self.black.contains(&to.node)))
+            {
                 self.in_flight.extend(frames.into_iter().map(|frame| (clock.now.0 + 1, *to, frame)));
             }
             if !self.stalled.contains(&end) {

@@ -59,8 +59,6 @@ pub enum Input {
     },
     /// What was read cannot be a frame.
     Broken(SessionId, Status),
-    /// The writer sent its batch.
-    Sent(SessionId),
     /// The connection is gone.
     Closed(SessionId),
     /// Readiness was judged.
@@ -102,6 +100,9 @@ pub struct Hub {
     pub inflight: Vec<IntGauge>,
     /// What happens.
     pub inputs: mpsc::Receiver<Input>,
+    /// Whose writer sent its batch. A way of its own: behind a flood of frames that fill the
+    /// writer's queue it would come too late.
+    pub sent: mpsc::Receiver<SessionId>,
     /// Whether each configured peer has a session.
     pub peers: Vec<watch::Sender<bool>>,
     /// That it is alive.
@@ -111,7 +112,7 @@ pub struct Hub {
 impl Hub {
     /// Runs until `stop`, or until nobody is left to say anything.
     pub async fn run(self, stop: CancellationToken) {
-        let Self { node, clock, metrics, inflight, mut inputs, peers, heartbeat } = self;
+        let Self { node, clock, metrics, inflight, mut inputs, mut sent, peers, heartbeat } = self;
         let mut turn =
             Turn { node, clock, metrics, inflight, peers, heartbeat, live: HashMap::new(), counted: Counts::default() };
         loop {
@@ -119,6 +120,10 @@ impl Hub {
             let wake = turn.node.poll_timeout().map_or(beat, |at| at.min(beat));
             let input = tokio::select! {
                 () = stop.cancelled() => return,
+                Some(id) = sent.recv() => {
+                    turn.sent(id);
+                    None
+                }
                 input = inputs.recv() => match input {
                     Some(input) => Some(input),
                     None => return,
@@ -131,6 +136,9 @@ impl Hub {
                     let Ok(input) = inputs.try_recv() else { break };
                     turn.handle(input);
                 }
+            }
+            while let Ok(id) = sent.try_recv() {
+                turn.sent(id);
             }
             turn.finish();
         }
@@ -170,7 +178,6 @@ impl Turn {
                 }
             }
             Input::Broken(id, status) => self.node.handle_framing_error(id, status),
-            Input::Sent(id) => self.node.handle_sent(id, self.clock.now()),
             Input::Closed(id) => {
                 self.node.handle_closed(id);
                 self.live.remove(&id);
@@ -179,6 +186,10 @@ impl Turn {
             Input::Token(token) => self.node.handle_token(token),
             Input::Drain => self.node.handle_drain(),
         }
+    }
+
+    fn sent(&mut self, id: SessionId) {
+        self.node.handle_sent(id, self.clock.now());
     }
 
     /// What a request is for, as the latency histogram tells them apart.

@@ -31,6 +31,9 @@ use crate::readiness::Watch;
 use crate::session::Context;
 use crate::transport::{Listener, LocalListener, TransportConfig};
 
+/// For how long tasks that were told to end are waited for.
+const JOIN: Duration = Duration::from_secs(2);
+
 /// `overlay-daemon run`.
 #[derive(Debug, clap::Args)]
 pub struct RunArgs {
@@ -124,11 +127,12 @@ async fn start(config: DaemonConfig, peers: PeersConfig) -> anyhow::Result<Daemo
     node.handle_token(keys.current().peer_token());
 
     let (hub, inputs) = mpsc::channel(QUEUE);
+    let (sender, sent) = mpsc::channel(QUEUE);
     let (beats, heartbeat) = watch::channel(Heartbeat::default());
     let (draining, is_draining) = watch::channel(false);
     let (report, reported) = watch::channel(Report::default());
     let stop = Stop { accepting: CancellationToken::new(), all: CancellationToken::new() };
-    let context = Context::new(hub.clone(), keys.verifier(), transport, clock, Arc::clone(&metrics));
+    let context = Context::new(hub.clone(), sender, keys.verifier(), transport, clock, Arc::clone(&metrics));
 
     let ups: Vec<watch::Sender<bool>> = peers.peers.iter().map(|_| watch::channel(false).0).collect();
     let mut helping = JoinSet::new();
@@ -139,7 +143,8 @@ async fn start(config: DaemonConfig, peers: PeersConfig) -> anyhow::Result<Daemo
     let inflight =
         peers.peers.iter().map(|peer| metrics.inflight(Some(&peer.name))).chain([metrics.inflight(None)]).collect();
     let mut serving = JoinSet::new();
-    let hub_task = Hub { node, clock, metrics: Arc::clone(&metrics), inflight, inputs, peers: ups, heartbeat: beats };
+    let hub_task =
+        Hub { node, clock, metrics: Arc::clone(&metrics), inflight, inputs, sent, peers: ups, heartbeat: beats };
     serving.spawn(hub_task.run(stop.all.clone()));
     let shown = Admin { metrics: Arc::clone(&metrics), report: reported, config_hash: hash, clock };
     let ended = stop.all.clone();
@@ -214,8 +219,14 @@ impl Daemon {
         }
         self.stop.all.cancel();
         self.helping.shutdown().await;
-        while self.accepting.join_next().await.is_some() {}
-        while self.serving.join_next().await.is_some() {}
+        let joined = async {
+            while self.accepting.join_next().await.is_some() {}
+            while self.serving.join_next().await.is_some() {}
+        };
+        // They end at once; what does not is ended with the process.
+        if timeout(JOIN, joined).await.is_err() {
+            tracing::warn!("a task did not end when told to");
+        }
     }
 }
 

@@ -31,6 +31,8 @@ const READ_BYTES: usize = 64 * 1024;
 pub struct Context {
     /// Where what happens goes.
     pub hub: mpsc::Sender<Input>,
+    /// Where writers say that they are free.
+    pub sent: mpsc::Sender<SessionId>,
     /// Judges capabilities.
     pub verifier: Verifier,
     /// Byte deadlines.
@@ -47,12 +49,13 @@ impl Context {
     #[must_use]
     pub fn new(
         hub: mpsc::Sender<Input>,
+        sent: mpsc::Sender<SessionId>,
         verifier: Verifier,
         transport: TransportConfig,
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { hub, verifier, transport, clock, metrics, ids: Arc::new(AtomicU64::new(1)) }
+        Self { hub, sent, verifier, transport, clock, metrics, ids: Arc::new(AtomicU64::new(1)) }
     }
 
     /// Holds a session with the other end of `connection`, until either side ends it or the
@@ -188,7 +191,7 @@ async fn send_batches<W: AsyncWrite + Unpin>(
                 return Ended::Gone;
             }
         }
-        if context.hub.send(Input::Sent(id)).await.is_err() {
+        if context.sent.send(id).await.is_err() {
             break;
         }
     }

@@ -10,4 +10,5 @@ pub mod kubectl;
 pub mod operator;
 pub mod process;
 pub mod programs;
+pub mod subscriber;
 pub mod wait;

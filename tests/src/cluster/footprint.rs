@@ -4,12 +4,18 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
+
+use crate::wait::{self, Look};
 
 /// Settings that the kernel or any process changes all the time.
 const RESTLESS: &[&str] =
     &["/proc/sys/fs/", "/proc/sys/kernel/random/", "/proc/sys/kernel/ns_last_pid", "/proc/sys/kernel/pty/"];
+
+/// How long the kernel may take.
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// The machine's state, one line a fact.
 #[derive(Clone, Debug)]
@@ -56,14 +62,17 @@ impl Footprint {
         Ok(Self { facts })
     }
 
-    /// That nothing has come or changed since `before`.
+    /// Waits until nothing of what there is now was not there already: the kernel takes a moment to
+    /// dissolve what the last process has left.
     ///
     /// # Errors
-    /// What has.
-    pub fn ensure_same_as(&self, before: &Self) -> Result<()> {
-        let left: Vec<&str> = self.facts.difference(&before.facts).map(String::as_str).collect();
-        ensure!(left.is_empty(), "left behind or changed:\n{}", left.join("\n"));
-        Ok(())
+    /// What has come or changed, and stays.
+    pub fn wait_for_return(&self) -> Result<()> {
+        wait::until("the machine to be as it was", LIMIT, || {
+            let now = Self::take()?;
+            let left: Vec<&str> = now.facts.difference(&self.facts).map(String::as_str).collect();
+            Ok(if left.is_empty() { Look::Holds(()) } else { Look::NotYet(left.join("\n")) })
+        })
     }
 }
 

@@ -17,7 +17,6 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use rustix::process::Signal;
 
 use crate::kubectl::Kubectl;
 use crate::process::Process;
@@ -215,9 +214,7 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         if let Some(mut process) = self.sandbox.take() {
-            process.signal(Signal::KILL);
-            let ended = process.wait(END_LIMIT).map(|_| ());
-            if let Err(error) = ended.and_then(|()| clean_up(&self.record)) {
+            if let Err(error) = process.kill().and_then(|_| clean_up(&self.record)) {
                 eprintln!("the cluster is not cleaned up: {error:#}");
             }
         }

@@ -10,9 +10,13 @@ mod world;
 
 use std::process::ExitCode;
 
+use anyhow::{Context, Result, ensure};
 use overlay_tests::cases::{self, Case};
+use overlay_tests::cluster::Cluster;
 use overlay_tests::cluster::footprint::Footprint;
+use overlay_tests::wait;
 
+use rustix::process::{Pid, Signal, kill_process};
 use world::World;
 
 const CASES: &[Case<World>] = &[
@@ -38,5 +42,23 @@ const CASES: &[Case<World>] = &[
 
 fn main() -> ExitCode {
     let before = Footprint::take();
-    cases::run_and_then(World::start, CASES, ("the_machine_is_as_it_was", || before?.wait_for_return()))
+    let after = || {
+        let before = before?;
+        before.wait_for_return()?;
+        a_crash_is_cleaned_up_by_the_next_start()?;
+        before.wait_for_return()
+    };
+    cases::run_and_then(World::start, CASES, ("the_machine_is_as_it_was", after))
+}
+
+/// The sandbox is killed, and nobody is there to tidy up.
+fn a_crash_is_cleaned_up_by_the_next_start() -> Result<()> {
+    let crashed = Cluster::up("crash")?;
+    let pid = i32::try_from(crashed.process()).ok().and_then(Pid::from_raw).context("no process")?;
+    kill_process(pid, Signal::KILL)?;
+    wait::until_true("the node to be dead", world::LIMIT, || Ok(Cluster::running("crash").is_err()))?;
+    ensure!(crashed.folder().exists(), "a crash leaves the folder");
+    let again = Cluster::start("crash")?;
+    again.admin().run(&["get", "nodes"])?;
+    Ok(())
 }

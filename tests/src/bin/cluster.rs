@@ -25,8 +25,15 @@ enum Action {
     Up,
     /// End it and take away all that it left; no error if there is none
     Down,
-    /// Load the images of both programs anew
-    Load,
+    /// Load an image of PROGRAMs, the first of which it starts; without IMAGE, those of both
+    /// programs anew
+    Load {
+        /// The image's name, such as localhost/tool:1
+        #[arg(requires = "programs")]
+        image: Option<String>,
+        /// Programs of this machine; their shared libraries come with them
+        programs: Vec<PathBuf>,
+    },
     /// kubectl as a cluster administrator
     #[command(disable_help_flag = true)]
     Kubectl {
@@ -71,7 +78,8 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
             println!("cluster {name} is up; its folder is {}", cluster.folder().display());
         }
         Action::Down => Cluster::down(name)?,
-        Action::Load => Cluster::running(name)?.load_ours()?,
+        Action::Load { image: None, .. } => Cluster::running(name)?.load_ours()?,
+        Action::Load { image: Some(image), programs } => Cluster::running(name)?.load(&image, &programs)?,
         Action::Kubectl { arguments } => {
             let cluster = Cluster::running(name)?;
             let mut command = cluster.in_network(&cluster.programs().program("kubectl"));

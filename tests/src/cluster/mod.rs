@@ -93,7 +93,7 @@ impl Cluster {
     /// # Errors
     /// None runs.
     pub fn running(name: &str) -> Result<Self> {
-        let record = Record::read(name)?.filter(Record::is_alive);
+        let record = Record::read(name)?.filter(Record::is_running);
         let record = record.with_context(|| format!("no cluster {name} runs: start it with tests/cluster up"))?;
         Self::attach(record)
     }
@@ -121,7 +121,7 @@ impl Cluster {
     fn wait_until_ready(&mut self) -> Result<()> {
         let ready = self.folder().join(READY);
         wait::until("the cluster", START_LIMIT, || {
-            if !self.record.is_alive() {
+            if !self.record.is_running() {
                 bail!("the node ended:\n{}", self.log("node"));
             }
             Ok(if ready.exists() { Look::Holds(()) } else { Look::NotYet(self.log("node")) })
@@ -136,6 +136,11 @@ impl Cluster {
     /// The folder of everything that the cluster writes.
     pub fn folder(&self) -> &Path {
         self.record.folder()
+    }
+
+    /// The process that holds the sandbox, seen from outside.
+    pub fn process(&self) -> u32 {
+        self.record.pid()
     }
 
     /// The Kubernetes programs.
@@ -213,10 +218,10 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        if let Some(mut process) = self.sandbox.take() {
-            if let Err(error) = process.kill().and_then(|_| clean_up(&self.record)) {
-                eprintln!("the cluster is not cleaned up: {error:#}");
-            }
+        if let Some(mut process) = self.sandbox.take()
+            && let Err(error) = process.kill().and_then(|_| clean_up(&self.record))
+        {
+            eprintln!("the cluster is not cleaned up: {error:#}");
         }
     }
 }
@@ -224,7 +229,7 @@ impl Drop for Cluster {
 /// A record of what is about to be made, and what `unshare` is told to make it.
 fn prepare(name: &str) -> Result<(Record, Vec<OsString>)> {
     if let Some(left) = Record::read(name)? {
-        if left.is_alive() && !left.is_abandoned() {
+        if left.is_running() && !left.is_abandoned() {
             bail!("a cluster {name} runs already: end it with tests/cluster down, or use it");
         }
         clean_up(&left)?;

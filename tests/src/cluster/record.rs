@@ -96,6 +96,11 @@ impl Record {
         [self.sandbox, self.init].into_iter().flatten().any(Instance::is_alive)
     }
 
+    /// Whether it works as a whole, rather than being about to end.
+    pub(super) fn is_running(&self) -> bool {
+        [self.sandbox, self.init].into_iter().all(|instance| instance.is_some_and(Instance::is_alive))
+    }
+
     /// Whether it belonged to a test that is gone.
     pub(super) fn is_abandoned(&self) -> bool {
         self.owner.is_some_and(|owner| !owner.is_alive())

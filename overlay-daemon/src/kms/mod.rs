@@ -134,6 +134,7 @@ impl Contents {
         let mut files: [Zeroizing<Vec<u8>>; 5] = Default::default();
         let mut errors = Vec::new();
         let mut hasher = blake3::Hasher::new();
+        hasher.update(&[sources.key_exchange as u8]);
         for (slot, source) in files.iter_mut().zip(sources.all()) {
             match source.read() {
                 Ok(bytes) => {

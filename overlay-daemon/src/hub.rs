@@ -199,8 +199,8 @@ impl Turn {
             Input::Token(token) => self.node.handle_token(token),
             Input::Config(config) => self.node.handle_config(&config, self.clock.now()),
             Input::Peers(peers) => {
-                self.node.handle_peers(peers.places.clone(), self.clock.now());
                 self.peers = peers;
+                self.node.handle_peers(self.peers.places.clone(), self.time());
             }
             Input::Drain => self.node.handle_drain(),
         }

@@ -37,6 +37,8 @@ impl Node {
         let Some(configured) = self.recognise(&identity, &daemon.name, dialled) else {
             if dialled.is_some() {
                 self.drop_session(id, Some(Reason::Auth)); // another identity answered there
+            } else if let Some(entry) = self.sessions.get_mut(&id) {
+                entry.stranger = Some(daemon);
             }
             return;
         };
@@ -71,7 +73,11 @@ impl Node {
     /// Another list of peers from now on. A session whose peer is now somebody else is closed.
     /// One whose peer is no longer configured goes on for as long as that peer may take to
     /// drain: it is stopping, most likely, and what it still accepts must find its way out.
-    pub fn handle_peers(&mut self, places: Places, now: Millis) {
+    ///
+    /// A daemon that dialled before it was configured here becomes a peer by the session that
+    /// it has: to the other side that session is the one to keep.
+    pub fn handle_peers(&mut self, places: Places, clock: Clock) {
+        let now = clock.now;
         let old = std::mem::replace(&mut self.places, places);
         let until = now.after(self.config.drain.delay_ms.saturating_add(self.config.drain.timeout_ms));
         let mut replaced = Vec::new();
@@ -95,6 +101,11 @@ impl Node {
         }
         for id in replaced {
             self.drop_session(id, None);
+        }
+        let waiting = self.sessions.iter_mut().filter(|(_, entry)| !entry.closing);
+        let strangers: Vec<_> = waiting.filter_map(|(id, entry)| Some((*id, entry.stranger.take()?))).collect();
+        for (id, daemon) in strangers {
+            self.meet(id, Some(daemon), clock);
         }
     }
 

@@ -434,8 +434,9 @@ fn a_peer_that_is_no_longer_configured_may_drain() {
     let mut places = sim.nodes[0].places.clone();
     let left: Vec<_> = places.iter().filter(|(_, peer)| peer.name != "node-2").map(|(_, peer)| peer.clone()).collect();
     places.update(&left);
-    let now = sim.clock().now;
-    sim.nodes[0].handle_peers(places.clone(), now);
+    let everyone = sim.nodes[0].places.clone();
+    let clock = sim.clock();
+    sim.nodes[0].handle_peers(places.clone(), clock);
     let subscriber = sim.subscriber(0);
     let publisher = sim.publisher(2);
     publish(&mut sim, 2, publisher, 1, &Publish::Message("still here".into()));
@@ -447,4 +448,13 @@ fn a_peer_that_is_no_longer_configured_may_drain() {
     sim.dial(2, 0);
     sim.run(200);
     assert_eq!(sim.nodes[0].peers_up(), 1, "and a new session of it is no peer's");
+    let clock = sim.clock();
+    sim.nodes[0].handle_peers(everyone, clock);
+    sim.run(200);
+    assert_eq!(sim.nodes[0].peers_up(), 2, "until it is configured again");
+    sim.cut(1, 2); // no way but this session
+    let (subscriber, publisher) = (sim.subscriber(0), sim.publisher(2));
+    publish(&mut sim, 2, publisher, 1, &Publish::Message("back".into()));
+    sim.run(11_000);
+    assert!(texts(&sim.client_frames(0, subscriber)).contains(&"back".to_owned()));
 }

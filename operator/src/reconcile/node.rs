@@ -12,16 +12,23 @@ use overlay_core::config::{self, DaemonConfig, PeersConfig};
 use overlay_core::identity::SpiffeId;
 use serde::Serialize;
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::apply;
+use super::causes;
 use super::credentials::{self, Certificate, Current, Standing, Subject, Tokens};
 use super::dereference::{self, Caches};
 use super::installation::{self, TO_COMPARE, TO_ISSUE};
 use super::metrics::Metrics;
 use super::plan::{self, Kind, Obstacle, Owner, Wanted};
+use super::pods;
+use super::shortage::{Next, Shortages};
 use super::status::{self, Built, Facts, Pods, Problem, Reason};
 use crate::api::{OverlayNode, OverlayNodeStatus, TlsSource, TlsStatus};
 use crate::build::{self, BuildError, Inputs, Objects, Placement, labels, names};
+
+/// Pods whose events are read: what keeps one of them keeps the others, mostly.
+const PODS_LOOKED_AT: usize = 4;
 
 /// What a reconciliation works with.
 pub(super) struct Context {
@@ -37,6 +44,8 @@ pub(super) struct Context {
     pub installation: installation::Store,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// OverlayNodes whose daemons are not all ready.
+    pub shortages: Shortages,
 }
 
 /// How it went.
@@ -45,6 +54,8 @@ pub(super) struct Outcome {
     pub problem: Option<Problem>,
     /// In how long a certificate or token is due, where that is known.
     pub renewal: Option<Duration>,
+    /// In how long its pods and events are to be looked at, while daemons are short.
+    pub look: Option<Duration>,
 }
 
 /// A spec that can be carried out.
@@ -61,6 +72,7 @@ struct Progress {
     pods: Pods,
     built: Option<Built>,
     renewal: Option<Duration>,
+    cause: Option<Problem>,
 }
 
 /// Brings about what `node` says, and reports it in its status.
@@ -71,15 +83,63 @@ pub(super) async fn reconcile(context: &Context, node: &OverlayNode) -> Result<O
     let mut progress = Progress::default();
     let (namespace, name) = (names::namespace(node), names::name(node));
     if let Some(set) = context.caches.stateful_set(namespace, name) {
-        progress.pods = pods(node, &set);
+        progress.pods = pods_of(node, &set);
     }
     let problem = carry_out(context, node, &mut progress).await.err();
     if let Some(problem) = &problem {
         tracing::warn!(namespace, name, reason = problem.reason.as_str(), "{}", problem.message);
     }
+    let look = explain_shortage(context, node, problem.is_some(), &mut progress).await;
     let renewal = progress.renewal;
     report(context, node, progress, problem.clone()).await?;
-    Ok(Outcome { problem, renewal })
+    Ok(Outcome { problem, renewal, look })
+}
+
+/// Finds out why daemons are not ready, where they should be by now; says when to look again.
+async fn explain_shortage(
+    context: &Context,
+    node: &OverlayNode,
+    problem: bool,
+    progress: &mut Progress,
+) -> Option<Duration> {
+    let (pods, wanted) = (progress.pods, node.spec.replicas);
+    if problem || (pods.ready >= wanted && pods.existing >= wanted) {
+        context.shortages.over(node);
+        return None;
+    }
+    match context.shortages.poll(node, pods, &context.caches.nodes, Instant::now()) {
+        Next::Wait(cause, wait) => {
+            progress.cause = cause;
+            Some(wait)
+        }
+        Next::Look => {
+            let (namespace, name) = (names::namespace(node), names::name(node));
+            progress.cause = match look(context, node).await {
+                Ok(cause) => cause,
+                Err(error) => {
+                    tracing::warn!(namespace, name, "cannot read pods and events: {}", explain(&error));
+                    context.shortages.known(node)
+                }
+            };
+            if let Some(cause) = &progress.cause
+                && context.shortages.known(node).as_ref() != Some(cause)
+            {
+                tracing::warn!(namespace, name, reason = cause.reason.as_str(), "{}", cause.message);
+            }
+            Some(context.shortages.looked(node, progress.cause.clone(), Instant::now()))
+        }
+    }
+}
+
+async fn look(context: &Context, node: &OverlayNode) -> Result<Option<Problem>, kube::Error> {
+    let (namespace, name) = (names::namespace(node), names::name(node));
+    let set = context.caches.stateful_set(namespace, name).filter(|set| is_ours(node, set));
+    let Some(uid) = set.and_then(|set| set.metadata.uid.clone()) else { return Ok(None) };
+    let pods = pods::list(&context.client, namespace, name).await?;
+    let waiting = pods.iter().filter(|pod| causes::is_waiting(pod)).filter_map(|pod| pod.metadata.uid.clone());
+    let about: Vec<String> = [uid].into_iter().chain(waiting.take(PODS_LOOKED_AT)).collect();
+    let events = dereference::events(&context.client, namespace, &about).await?;
+    Ok(causes::cause(&pods, &events, node.spec.replicas, Timestamp::now()))
 }
 
 async fn carry_out(context: &Context, node: &OverlayNode, progress: &mut Progress) -> Result<(), Problem> {
@@ -232,15 +292,17 @@ fn note_pods(node: &OverlayNode, wanted: &Wanted, live: Option<&Value>, progress
     if wanted.kind == Kind::StatefulSet
         && let Some(set) = live.and_then(|live| serde_json::from_value::<StatefulSet>(live.clone()).ok())
     {
-        progress.pods = pods(node, &set);
+        progress.pods = pods_of(node, &set);
     }
 }
 
 /// Somebody else's StatefulSet of our name says nothing about our pods.
-fn pods(node: &OverlayNode, set: &StatefulSet) -> Pods {
-    let ours =
-        set.owner_references().iter().any(|r| r.controller == Some(true) && Some(&r.uid) == node.metadata.uid.as_ref());
-    if ours { Pods::of(set) } else { Pods::default() }
+fn pods_of(node: &OverlayNode, set: &StatefulSet) -> Pods {
+    if is_ours(node, set) { Pods::of(set) } else { Pods::default() }
+}
+
+fn is_ours(node: &OverlayNode, set: &StatefulSet) -> bool {
+    set.owner_references().iter().any(|r| r.controller == Some(true) && Some(&r.uid) == node.metadata.uid.as_ref())
 }
 
 /// Writes the status if it differs from what the API server has.
@@ -257,6 +319,7 @@ async fn report(
         pods: progress.pods,
         built: progress.built,
         problem,
+        cause: progress.cause,
         now: Timestamp::now(),
     };
     if node.status.as_ref() == Some(&status::status(&facts)) {
@@ -291,21 +354,28 @@ fn unbuildable(error: &BuildError) -> Problem {
     Problem { reason, message: error.to_string() }
 }
 
-fn blocked(obstacle: Obstacle) -> Problem {
-    match obstacle {
-        Obstacle::Taken { kind, name, by } => {
-            let by = by.map_or_else(
-                || "is not labelled as this OverlayNode's".to_owned(),
-                |by| format!("is controlled by {by}"),
-            );
-            let message = format!("{kind} {name} exists and {by}: delete it, or give the OverlayNode another name");
-            Problem { reason: Reason::NameConflict, message }
-        }
-        Obstacle::Leftover { kind, name } => {
-            let message = format!("{kind} {name} of the deleted OverlayNode of this name is yet to be collected");
-            Problem { reason: Reason::AwaitingCollection, message }
+/// A name that is taken needs a person; what is only left over goes by itself.
+fn blocked(obstacles: Vec<Obstacle>) -> Problem {
+    let (mut taken, mut leftover) = (Vec::new(), Vec::new());
+    for obstacle in obstacles {
+        match obstacle {
+            Obstacle::Taken { kind, name, by: Some(by) } => taken.push(format!("{kind} {name} (controlled by {by})")),
+            Obstacle::Taken { kind, name, by: None } => {
+                taken.push(format!("{kind} {name} (not labelled as this OverlayNode's)"));
+            }
+            Obstacle::Leftover { kind, name } => leftover.push(format!("{kind} {name}")),
         }
     }
+    if taken.is_empty() {
+        let message =
+            format!("of the deleted OverlayNode of this name are yet to be collected: {}", leftover.join(", "));
+        return Problem { reason: Reason::AwaitingCollection, message };
+    }
+    let message = format!(
+        "these exist and are not its own: {}; delete them, or give the OverlayNode another name",
+        taken.join(", ")
+    );
+    Problem { reason: Reason::NameConflict, message }
 }
 
 fn refused(kind: Kind, name: &str, error: &kube::Error) -> Problem {

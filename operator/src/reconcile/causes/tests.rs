@@ -72,6 +72,9 @@ fn expect(case: &str, pods: &[Pod], events: &[Event], want: Option<(Reason, &str
     }
 }
 
+/// A reason and a part of the message.
+type Told = Option<(Reason, &'static str)>;
+
 #[test]
 fn refusals_of_pods() {
     let quota = || refused(50, QUOTA);
@@ -84,7 +87,7 @@ fn refusals_of_pods() {
         pod
     };
     let bad = |why: &str| event("StatefulSet", "mesh", "FailedCreate", 50, why);
-    let rows: Vec<(&str, Vec<Pod>, Vec<Event>, Option<(Reason, &str)>)> = vec![
+    let rows: Vec<(&str, Vec<Pod>, Vec<Event>, Told)> = vec![
         ("nothing known", vec![], vec![], None),
         (
             "quota",
@@ -154,7 +157,7 @@ fn pods_that_do_not_come_up() {
     let about = |reason: &str, at: i64, message: &str| event("Pod", "mesh-0", reason, at, message);
     let failed = about("Failed", 40, "Failed to pull image \"r/d:1\": rpc error: not found");
     let creating = || waiting("ContainerCreating", "");
-    let rows: Vec<(&str, Value, Vec<Event>, Option<(Reason, &str)>)> = vec![
+    let rows: Vec<(&str, Value, Vec<Event>, Told)> = vec![
         ("not scheduled yet, no kubelet", json!({}), vec![], None),
         ("being made", creating(), vec![], None),
         (

@@ -51,7 +51,7 @@ pub(crate) fn values_are_checked(world: &World) -> Result<()> {
         ("image.repository=", "repository"),
         ("image.digest=sha256:12", "digest"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
-        ("daemonImage.pullPolicy=Always", "pullPolicy"),
+        ("daemonImage.pullPolicy=Sometimes", "pullPolicy"),
         ("logging.level=loud", "level"),
         ("logging.format=xml", "format"),
         ("crd.install=maybe", "install"),
@@ -95,6 +95,21 @@ pub(crate) fn images_by_tag_and_digest(world: &World) -> Result<()> {
         let text = helm_template(&world.plane, &["--show-only", "templates/deployment.yaml", "--set", &values])?;
         let deployment = to_json(world, &text)?;
         assert_eq!(deployment["spec"]["template"]["spec"]["containers"][0]["image"], *expected);
+    }
+    let daemon = format!("daemonImage.repository=r/d,daemonImage.tag=v9,daemonImage.digest={digest}");
+    for (values, expected) in [
+        ("replicas=2".to_owned(), vec!["--daemon-image=ghcr.io/rustyonions/overlay-daemon:0.1.0".to_owned()]),
+        (
+            format!("{daemon},daemonImage.pullPolicy=Never"),
+            vec![format!("--daemon-image=r/d@{digest}"), "--daemon-image-pull-policy=Never".to_owned()],
+        ),
+    ] {
+        let text = helm_template(&world.plane, &["--show-only", "templates/deployment.yaml", "--set", &values])?;
+        let deployment = to_json(world, &text)?;
+        let arguments =
+            deployment["spec"]["template"]["spec"]["containers"][0]["args"].as_array().context("no args")?;
+        let about = |argument: &&Value| argument.as_str().is_some_and(|a| a.starts_with("--daemon-image"));
+        assert_eq!(arguments.iter().filter(about).cloned().collect::<Vec<_>>(), expected);
     }
     Ok(())
 }

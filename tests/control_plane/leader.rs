@@ -65,6 +65,20 @@ pub(crate) fn without_its_lease_ends(world: &World) -> Result<()> {
     world.operator.borrow_mut().start()
 }
 
+/// No answer to a renewal: the leader leaves before its lease can be another's.
+pub(crate) fn that_is_cut_off_ends(world: &World) -> Result<()> {
+    let log = world.plane.folder().join("overlay-operator.log");
+    let from = wait::now();
+    world.plane.freeze_api_server();
+    let ended = world.operator.borrow_mut().ends();
+    let took = from.elapsed();
+    world.plane.thaw_api_server();
+    let ended = ended?;
+    ensure!(ended.code() == Some(1) && took < RUNS_OUT_AFTER, "it ended with {ended} after {took:?}");
+    ensure!(std::fs::read_to_string(log)?.contains("lost the lease, stops at once: it could not be renewed in time"));
+    world.operator.borrow_mut().start()
+}
+
 fn until_leads(operator: &Operator) -> Result<Duration> {
     let from = wait::now();
     wait::until_true("the other operator to lead", LIMIT, || Ok(operator.is(LEADER)))?;

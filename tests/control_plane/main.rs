@@ -42,6 +42,7 @@ const CASES: &[Case<World>] = &[
     ("shortage_refused_pods_are_told", shortage::refused_pods_are_told),
     ("leader_is_one_and_another_takes_over", leader::is_one_and_another_takes_over),
     ("leader_without_its_lease_ends", leader::without_its_lease_ends),
+    ("leader_that_is_cut_off_ends", leader::that_is_cut_off_ends),
     ("chart_is_installed_again_over_the_kept_crd", chart::is_installed_again),
     ("chart_monitors_and_replicas", chart::monitors_and_replicas),
 ];

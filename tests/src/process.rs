@@ -115,8 +115,9 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
+        let killed_before = self.ended.is_some();
         match self.stop() {
-            Ok(status) if status.signal() == Some(Signal::KILL.as_raw()) => {
+            Ok(status) if !killed_before && status.signal() == Some(Signal::KILL.as_raw()) => {
                 eprintln!("{} did not end on SIGTERM and was killed", self.name);
             }
             Ok(_) => {}

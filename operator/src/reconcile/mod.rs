@@ -37,6 +37,7 @@ mod credentials;
 mod dereference;
 mod installation;
 mod lease;
+mod look;
 mod metrics;
 mod node;
 mod plan;
@@ -63,7 +64,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
-use crate::api::OverlayNode;
+use crate::api::{OverlayNode, PullPolicy};
 use crate::build::{labels, names};
 use admin::{Health, Shown};
 use backoff::Backoff;
@@ -105,6 +106,9 @@ pub struct Args {
     /// Image of OverlayNodes without spec.image
     #[arg(long, env = "OVERLAY_DAEMON_IMAGE", default_value = concat!("overlay-daemon:", env!("CARGO_PKG_VERSION")))]
     pub daemon_image: String,
+    /// When the kubelet pulls it, for OverlayNodes without spec.image.pullPolicy: Always, IfNotPresent or Never
+    #[arg(long, env = "OVERLAY_DAEMON_IMAGE_PULL_POLICY", value_name = "POLICY")]
+    pub daemon_image_pull_policy: Option<PullPolicy>,
     /// Where /metrics, /healthz, /readyz and /version are served
     #[arg(long, env = "OVERLAY_ADMIN_ADDR", default_value = "0.0.0.0:8080")]
     pub admin_addr: SocketAddr,
@@ -320,6 +324,7 @@ async fn control(client: Client, args: Args, metrics: Arc<Metrics>, health: Arc<
             client: client.clone(),
             trust_domain: args.trust_domain,
             daemon_image: args.daemon_image,
+            daemon_pull_policy: args.daemon_image_pull_policy,
             installation: installation::Store::new(client, args.namespace, metrics.clone()),
             caches,
             metrics,

@@ -12,23 +12,18 @@ use overlay_core::config::{self, DaemonConfig, PeersConfig};
 use overlay_core::identity::SpiffeId;
 use serde::Serialize;
 use serde_json::Value;
-use tokio::time::Instant;
 
 use super::apply;
-use super::causes;
 use super::credentials::{self, Certificate, Current, Standing, Subject, Tokens};
 use super::dereference::{self, Caches};
 use super::installation::{self, TO_COMPARE, TO_ISSUE};
+use super::look;
 use super::metrics::Metrics;
 use super::plan::{self, Kind, Obstacle, Owner, Wanted};
-use super::pods;
-use super::shortage::{Next, Shortages};
+use super::shortage::Shortages;
 use super::status::{self, Built, Facts, Pods, Problem, Reason};
-use crate::api::{OverlayNode, OverlayNodeStatus, TlsSource, TlsStatus};
+use crate::api::{OverlayNode, OverlayNodeStatus, PullPolicy, TlsSource, TlsStatus};
 use crate::build::{self, BuildError, Inputs, Objects, Placement, labels, names};
-
-/// Pods whose events are read: what keeps one of them keeps the others, mostly.
-const PODS_LOOKED_AT: usize = 4;
 
 /// What a reconciliation works with.
 pub(super) struct Context {
@@ -38,6 +33,8 @@ pub(super) struct Context {
     pub trust_domain: String,
     /// The image of OverlayNodes that name none.
     pub daemon_image: String,
+    /// When it is pulled, for OverlayNodes that do not say.
+    pub daemon_pull_policy: Option<PullPolicy>,
     /// What is watched.
     pub caches: Caches,
     /// The installation's keys.
@@ -73,6 +70,7 @@ struct Progress {
     built: Option<Built>,
     renewal: Option<Duration>,
     cause: Option<Problem>,
+    look: Option<Duration>,
 }
 
 /// Brings about what `node` says, and reports it in its status.
@@ -89,57 +87,11 @@ pub(super) async fn reconcile(context: &Context, node: &OverlayNode) -> Result<O
     if let Some(problem) = &problem {
         tracing::warn!(namespace, name, reason = problem.reason.as_str(), "{}", problem.message);
     }
-    let look = explain_shortage(context, node, problem.is_some(), &mut progress).await;
-    let renewal = progress.renewal;
+    let look = look::explain(context, node, progress.pods, problem.is_some()).await;
+    (progress.cause, progress.look) = (look.cause, look.again);
+    let (renewal, look) = (progress.renewal, progress.look);
     report(context, node, progress, problem.clone()).await?;
     Ok(Outcome { problem, renewal, look })
-}
-
-/// Finds out why daemons are not ready, where they should be by now; says when to look again.
-async fn explain_shortage(
-    context: &Context,
-    node: &OverlayNode,
-    problem: bool,
-    progress: &mut Progress,
-) -> Option<Duration> {
-    let (pods, wanted) = (progress.pods, node.spec.replicas);
-    if problem || (pods.ready >= wanted && pods.existing >= wanted) {
-        context.shortages.over(node);
-        return None;
-    }
-    match context.shortages.poll(node, pods, &context.caches.nodes, Instant::now()) {
-        Next::Wait(cause, wait) => {
-            progress.cause = cause;
-            Some(wait)
-        }
-        Next::Look => {
-            let (namespace, name) = (names::namespace(node), names::name(node));
-            progress.cause = match look(context, node).await {
-                Ok(cause) => cause,
-                Err(error) => {
-                    tracing::warn!(namespace, name, "cannot read pods and events: {}", explain(&error));
-                    context.shortages.known(node)
-                }
-            };
-            if let Some(cause) = &progress.cause
-                && context.shortages.known(node).as_ref() != Some(cause)
-            {
-                tracing::warn!(namespace, name, reason = cause.reason.as_str(), "{}", cause.message);
-            }
-            Some(context.shortages.looked(node, progress.cause.clone(), Instant::now()))
-        }
-    }
-}
-
-async fn look(context: &Context, node: &OverlayNode) -> Result<Option<Problem>, kube::Error> {
-    let (namespace, name) = (names::namespace(node), names::name(node));
-    let set = context.caches.stateful_set(namespace, name).filter(|set| is_ours(node, set));
-    let Some(uid) = set.and_then(|set| set.metadata.uid.clone()) else { return Ok(None) };
-    let pods = pods::list(&context.client, namespace, name).await?;
-    let waiting = pods.iter().filter(|pod| causes::is_waiting(pod)).filter_map(|pod| pod.metadata.uid.clone());
-    let about: Vec<String> = [uid].into_iter().chain(waiting.take(PODS_LOOKED_AT)).collect();
-    let events = dereference::events(&context.client, namespace, &about).await?;
-    Ok(causes::cause(&pods, &events, node.spec.replicas, Timestamp::now()))
 }
 
 async fn carry_out(context: &Context, node: &OverlayNode, progress: &mut Progress) -> Result<(), Problem> {
@@ -150,8 +102,14 @@ async fn carry_out(context: &Context, node: &OverlayNode, progress: &mut Progres
     let due = certificate.renew_at.min(tokens.renew_at);
     progress.renewal = Some(due.duration_since(now).unwrap_or_default());
     let credentials = credentials::credentials(&certificate, &tokens);
-    let inputs =
-        Inputs { node, config: &valid.config, peers: &valid.peers, image: &valid.image, credentials: &credentials };
+    let inputs = Inputs {
+        node,
+        config: &valid.config,
+        peers: &valid.peers,
+        image: &valid.image,
+        pull_policy: build::pull_policy(node, context.daemon_pull_policy),
+        credentials: &credentials,
+    };
     progress.built = Some(built(node, &valid, &certificate)?);
     let objects = build::objects(&inputs).map_err(|error| unbuildable(&error))?;
     let wanted = wanted(&objects)?;
@@ -301,7 +259,9 @@ fn pods_of(node: &OverlayNode, set: &StatefulSet) -> Pods {
     if is_ours(node, set) { Pods::of(set) } else { Pods::default() }
 }
 
-fn is_ours(node: &OverlayNode, set: &StatefulSet) -> bool {
+/// Whether `node` controls `set`.
+#[must_use]
+pub(super) fn is_ours(node: &OverlayNode, set: &StatefulSet) -> bool {
     set.owner_references().iter().any(|r| r.controller == Some(true) && Some(&r.uid) == node.metadata.uid.as_ref())
 }
 

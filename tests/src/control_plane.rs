@@ -119,6 +119,16 @@ impl ControlPlane {
         &self.programs
     }
 
+    /// The API server answers nobody until [`Self::thaw_api_server`]; no connection breaks.
+    pub fn freeze_api_server(&self) {
+        self.api_server.signal(rustix::process::Signal::STOP);
+    }
+
+    /// It goes on where it was.
+    pub fn thaw_api_server(&self) {
+        self.api_server.signal(rustix::process::Signal::CONT);
+    }
+
     /// kubectl with a bearer token, for a service account.
     pub fn with_token(&self, name: &str, token: &str) -> Result<Kubectl> {
         let path = self.identity().kubeconfig(name, &json!({ "token": token }))?;

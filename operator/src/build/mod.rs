@@ -11,4 +11,4 @@ pub mod workload;
 pub use config::{daemon_config, effective, min_peers, peers_config};
 pub use objects::{BuildError, Credentials, Inputs, MAX_CONFIG, Objects, objects};
 pub use placement::*;
-pub use workload::image;
+pub use workload::{image, pull_policy};

@@ -14,7 +14,7 @@ use kube::Resource;
 use overlay_core::config::{DaemonConfig, PeersConfig};
 
 use super::{labels, names, placement, workload};
-use crate::api::OverlayNode;
+use crate::api::{OverlayNode, PullPolicy};
 
 /// Most bytes of configuration that one ConfigMap is given; the API server takes 1 MiB with
 /// everything around it.
@@ -47,6 +47,8 @@ pub struct Inputs<'a> {
     pub peers: &'a [PeersConfig],
     /// The image, resolved.
     pub image: &'a str,
+    /// When it is pulled; the kubelet's own default where this is none.
+    pub pull_policy: Option<PullPolicy>,
     /// Certificate and tokens.
     pub credentials: &'a Credentials,
 }

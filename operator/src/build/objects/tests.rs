@@ -3,7 +3,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::api::{Duration, Image, OverlayNodeSpec, PullPolicy, Quantity, Resources, SecretName};
-use crate::build::{Placement, daemon_config, image, peers_config};
+use crate::build::{Placement, daemon_config, image, peers_config, pull_policy};
 
 const ID: &str = "spiffe://overlay.local/ns/a/overlaynode/mesh";
 
@@ -31,7 +31,14 @@ fn build(node: &OverlayNode) -> Result<Objects, BuildError> {
         local_token: some("local token"),
     };
     let image = image(node, "registry.example/overlay-daemon:1.0");
-    objects(&Inputs { node, config: &config, peers: &peers, image: &image, credentials: &credentials })
+    objects(&Inputs {
+        node,
+        config: &config,
+        peers: &peers,
+        image: &image,
+        pull_policy: pull_policy(node, None),
+        credentials: &credentials,
+    })
 }
 
 fn stateful_set(node: &OverlayNode) -> Value {
@@ -147,6 +154,20 @@ fn what_a_spec_sets_of_a_pod() {
 }
 
 #[test]
+fn pull_policies() {
+    use PullPolicy::{Always, Never};
+    for (own, default, want) in [
+        (None, None, None),
+        (None, Some(Always), Some(Always)),
+        (Some(Never), Some(Always), Some(Never)),
+        (Some(Never), None, Some(Never)),
+    ] {
+        let node = node(|spec| spec.image = Some(Image { pull_policy: own, ..Default::default() }));
+        assert_eq!(pull_policy(&node, default), want);
+    }
+}
+
+#[test]
 fn images() {
     let digest = format!("sha256:{}", "a".repeat(64));
     let some = |s: &str| Some(s.to_owned());
@@ -190,7 +211,14 @@ fn too_much_configuration() {
         peer_token: empty(),
         local_token: empty(),
     };
-    let result = objects(&Inputs { node: &big, config: &config, peers: &peers, image: "x", credentials: &credentials });
+    let result = objects(&Inputs {
+        node: &big,
+        config: &config,
+        peers: &peers,
+        image: "x",
+        pull_policy: None,
+        credentials: &credentials,
+    });
     match result {
         Err(BuildError::ConfigTooLarge { replicas: 64, bytes }) => assert!(bytes > MAX_CONFIG),
         _ => panic!("it was built"),

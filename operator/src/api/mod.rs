@@ -183,6 +183,24 @@ pub struct Tcp {
 pub struct Tls {
     /// Which key exchanges are accepted; hybrid is X25519MLKEM768.
     pub key_exchange: KeyExchange,
+    /// Where the daemons' certificates come from. `Auto` is PodCertificate where the API server
+    /// serves PodCertificateRequests, every node's kubelet is 1.37 or newer and the operator may
+    /// sign, else SelfManaged; what it chose stands in `status.tls.source` and is chosen anew
+    /// only when the pods are rolled anyway. `local` runs Auto as SelfManaged.
+    pub source: CertificateSource,
+}
+
+/// Where the daemons' certificates come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum CertificateSource {
+    /// What the cluster allows of the two others.
+    #[default]
+    Auto,
+    /// The kubelet makes a key for each pod, in the pod's memory only, and the operator signs
+    /// for it: each pod has an identity of its own.
+    PodCertificate,
+    /// The operator makes one key and certificate for all pods, in Secret NAME-tls.
+    SelfManaged,
 }
 
 /// Which key exchanges a session may use.

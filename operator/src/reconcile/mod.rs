@@ -15,6 +15,11 @@
 //! | core | `services` | get, list, watch, create, patch | NAME, NAME-peers |
 //! | core | `serviceaccounts` | get, list, watch, create, patch | NAME |
 //! | core | `secrets` | get, create, patch | NAME-tls, NAME-token: read by name, never listed or watched |
+//! | core | `pods` | get | whether a pod that asks for a certificate is an OverlayNode's |
+//! | core | `nodes` | list | whether every kubelet is new enough to ask |
+//! | `certificates.k8s.io` | `podcertificaterequests` | get, list, watch | what pods ask for |
+//! | `certificates.k8s.io` | `podcertificaterequests/status` | patch | the answers |
+//! | `certificates.k8s.io` | `signers`, limited by `resourceNames` to `overlay.rustyonions.io/mesh` | sign | to answer as that signer |
 //!
 //! In the operator's own namespace (Role): core `secrets` get, limited by `resourceNames` to
 //! `overlay-ca` and `overlay-token-root`, and `create`, which cannot be limited by name. The
@@ -27,6 +32,8 @@
 mod admin;
 mod apply;
 mod backoff;
+mod choice;
+mod cluster;
 mod credentials;
 mod dereference;
 mod installation;
@@ -34,6 +41,8 @@ mod metrics;
 mod node;
 mod plan;
 mod quantity;
+mod sign;
+mod source;
 mod status;
 mod watch;
 
@@ -209,21 +218,30 @@ struct Shared {
     backoff: Backoff,
 }
 
-/// Watches and reconciles until `stop`.
+/// Watches, reconciles and signs until `stop`.
 async fn control(client: Client, args: Args, metrics: Arc<Metrics>, health: Arc<Health>, stop: CancellationToken) {
     let (watches, caches) = watch::watches(&client, &health, &metrics);
+    let installation = Arc::new(installation::Store::new(client.clone(), args.namespace, metrics.clone()));
+    let signer = sign::Signer {
+        client: client.clone(),
+        trust_domain: args.trust_domain.clone(),
+        installation: installation.clone(),
+        metrics: metrics.clone(),
+    };
+    let signer = sign::run(signer, stop.clone());
     let shared = Arc::new(Shared {
         node: Context {
             client: client.clone(),
             trust_domain: args.trust_domain,
             daemon_image: args.daemon_image,
-            installation: installation::Store::new(client, args.namespace, metrics.clone()),
+            installation,
+            cluster: cluster::Capabilities::new(client),
             caches,
             metrics,
         },
         backoff: Backoff::default(),
     });
-    Controller::for_stream(watches.nodes, shared.node.caches.nodes.clone())
+    let controller = Controller::for_stream(watches.nodes, shared.node.caches.nodes.clone())
         .with_config(controller::Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
         .owns_stream(watches.stateful_sets)
         .owns_stream(watches.config_maps)
@@ -239,8 +257,9 @@ async fn control(client: Client, args: Args, metrics: Arc<Metrics>, health: Arc<
                 Err(controller::Error::ObjectNotFound(_)) => {}
                 Err(error) => tracing::warn!(%error, "the controller"),
             }
-        })
-        .await;
+        });
+    // Both end by `stop` alone.
+    futures::join!(controller, signer);
 }
 
 async fn reconcile(node: Arc<OverlayNode>, shared: Arc<Shared>) -> Result<Action, kube::Error> {

@@ -14,7 +14,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::apply;
-use super::credentials::{self, Certificate, Current, Standing, Subject, Tokens};
+use super::choice::{choose_source, dereference_set, names_pods, rolled_out};
+use super::cluster::Capabilities;
+use super::credentials::{self, Current, Installation, Leaves, Standing, Subject, Tokens};
 use super::dereference::{self, Caches};
 use super::installation::{self, TO_COMPARE, TO_ISSUE};
 use super::metrics::Metrics;
@@ -34,7 +36,9 @@ pub(super) struct Context {
     /// What is watched.
     pub caches: Caches,
     /// The installation's keys.
-    pub installation: installation::Store,
+    pub installation: Arc<installation::Store>,
+    /// What the cluster can do.
+    pub cluster: Capabilities,
     /// Counters.
     pub metrics: Arc<Metrics>,
 }
@@ -49,7 +53,9 @@ pub(super) struct Outcome {
 
 /// A spec that can be carried out.
 struct Valid {
+    uid: String,
     identity: SpiffeId,
+    source: TlsSource,
     config: DaemonConfig,
     peers: Vec<PeersConfig>,
     image: String,
@@ -84,15 +90,26 @@ pub(super) async fn reconcile(context: &Context, node: &OverlayNode) -> Result<O
 
 async fn carry_out(context: &Context, node: &OverlayNode, progress: &mut Progress) -> Result<(), Problem> {
     let standing = dereference_secrets(context, node).await?;
-    let valid = validate(context, node)?;
+    let set = dereference_set(context, node).await?;
+    let source = choose_source(context, node, set.as_deref()).await?;
+    let valid = validate(context, node, source, set.as_deref())?;
     let now = SystemTime::now();
-    let (certificate, tokens) = credentials_for(context, &standing, &valid, now).await?;
-    let due = certificate.renew_at.min(tokens.renew_at);
+    let (leaves, tokens) = credentials_for(context, &standing, &valid, rolled_out(source, set.as_deref()), now).await?;
+    let due = match &leaves {
+        Leaves::Shared(certificate) => certificate.renew_at.min(tokens.renew_at),
+        Leaves::PerPod { .. } => tokens.renew_at,
+    };
     progress.renewal = Some(due.duration_since(now).unwrap_or_default());
-    let credentials = credentials::credentials(&certificate, &tokens);
-    let inputs =
-        Inputs { node, config: &valid.config, peers: &valid.peers, image: &valid.image, credentials: &credentials };
-    progress.built = Some(built(node, &valid, &certificate)?);
+    let credentials = credentials::credentials(&leaves, &tokens);
+    let inputs = Inputs {
+        node,
+        config: &valid.config,
+        peers: &valid.peers,
+        image: &valid.image,
+        source,
+        credentials: &credentials,
+    };
+    progress.built = Some(built(node, &valid, &leaves)?);
     let objects = build::objects(&inputs).map_err(|error| unbuildable(&error))?;
     let wanted = wanted(&objects)?;
     apply_all(context, node, &standing, &wanted, progress).await
@@ -109,18 +126,31 @@ async fn dereference_secrets(context: &Context, node: &OverlayNode) -> Result<St
 
 /// The schema and its rules were checked when the spec was stored, perhaps under an older
 /// schema: what pods would fail on is caught here, before they are rolled.
-fn validate(context: &Context, node: &OverlayNode) -> Result<Valid, Problem> {
+fn validate(
+    context: &Context,
+    node: &OverlayNode,
+    source: TlsSource,
+    set: Option<&StatefulSet>,
+) -> Result<Valid, Problem> {
     let identity = names::identity(node, &context.trust_domain).map_err(|e| invalid(&e))?;
-    let config = build::daemon_config(node, &Placement::pod(node));
+    let config = build::daemon_config(node, &Placement::pod(node, source));
     let text = config.to_toml().map_err(|e| invalid(&e))?;
     if let Err(errors) = config::daemon(&text) {
         let all: Vec<String> = errors.iter().map(ToString::to_string).collect();
         return Err(invalid(&all.join("; ")));
     }
-    let address = |ordinal| names::pod_address(node, ordinal);
+    let standing = context.caches.config_map(names::namespace(node), &names::config_map(node));
+    let per_pod = names_pods(source, set, standing.as_deref());
     let ordinals = 0..names::replicas(node);
-    let peers = ordinals.map(|ordinal| build::peers_config(node, &identity, ordinal, address)).collect();
-    Ok(Valid { identity, config, peers, image: build::image(node, &context.daemon_image) })
+    let identities = ordinals.clone().map(|ordinal| match per_pod {
+        true => identity.pod(&names::daemon(node, ordinal)),
+        false => Ok(identity.clone()),
+    });
+    let identities: Vec<SpiffeId> = identities.collect::<Result<_, _>>().map_err(|e| invalid(&e))?;
+    let identity_of = |ordinal: u32| identities.get(ordinal as usize).unwrap_or(&identity).clone();
+    let address = |ordinal| names::pod_address(node, ordinal);
+    let peers = ordinals.map(|ordinal| build::peers_config(node, ordinal, identity_of, address)).collect();
+    Ok(Valid { uid: node.uid().unwrap_or_default(), identity, source, config, peers, image: build::image(node, &context.daemon_image) })
 }
 
 /// What stands, as far as it is good; for the rest, issued with keys just read.
@@ -128,23 +158,32 @@ async fn credentials_for(
     context: &Context,
     standing: &Standing,
     valid: &Valid,
+    rolled_out: bool,
     now: SystemTime,
-) -> Result<(Certificate, Tokens), Problem> {
+) -> Result<(Leaves, Tokens), Problem> {
     let subject = Subject { id: &valid.identity, tenants: &valid.config.overlay.tenants };
+    let per_pod = |keys: &Installation| {
+        let leftover = rolled_out && credentials::holds_key(standing, &valid.uid);
+        Leaves::PerPod { ca: keys.ca.cert_pem().into(), leftover }
+    };
+    let shared = valid.source == TlsSource::SelfManaged;
     let keys = context.installation.load(&context.caches, TO_COMPARE).await?;
-    if let Current { certificate: Some(certificate), tokens: Some(tokens) } =
-        credentials::current(standing, &keys, subject, now)
-    {
-        return Ok((certificate, tokens));
+    match credentials::current(standing, &keys, subject, now) {
+        Current { tokens: Some(tokens), .. } if !shared => return Ok((per_pod(&keys), tokens)),
+        Current { certificate: Some(certificate), tokens: Some(tokens) } => {
+            return Ok((Leaves::Shared(certificate), tokens));
+        }
+        _ => {}
     }
     let keys = context.installation.load(&context.caches, TO_ISSUE).await?;
     let current = credentials::current(standing, &keys, subject, now);
     let broken = |error: crate::trust::TrustError| Problem { reason: Reason::CaInvalid, message: error.to_string() };
-    let certificate = match current.certificate {
-        Some(certificate) => certificate,
+    let leaves = match current.certificate {
+        _ if !shared => per_pod(&keys),
+        Some(certificate) => Leaves::Shared(certificate),
         None => {
             context.metrics.certificates.inc();
-            credentials::issue_certificate(&keys.ca, subject.id, now).map_err(broken)?
+            Leaves::Shared(credentials::issue_certificate(&keys.ca, subject.id, now).map_err(broken)?)
         }
     };
     let tokens = match current.tokens {
@@ -154,18 +193,22 @@ async fn credentials_for(
             credentials::issue_tokens(&keys.tokens, subject, now).map_err(broken)?
         }
     };
-    Ok((certificate, tokens))
+    Ok((leaves, tokens))
 }
 
-fn built(node: &OverlayNode, valid: &Valid, certificate: &Certificate) -> Result<Built, Problem> {
+fn built(node: &OverlayNode, valid: &Valid, leaves: &Leaves) -> Result<Built, Problem> {
+    let shared = match leaves {
+        Leaves::Shared(certificate) => Some(certificate),
+        Leaves::PerPod { .. } => None,
+    };
     Ok(Built {
         selector: labels::selector_text(names::name(node)),
         config_hash: valid.config.hash().map_err(|e| invalid(&e))?,
         effective: build::effective(node, Some(valid.image.clone())),
         tls: TlsStatus {
-            source: TlsSource::SelfManaged,
-            not_after: Timestamp::try_from(certificate.not_after).ok().map(Time),
-            secret_name: Some(names::tls_secret(node)),
+            source: valid.source,
+            not_after: shared.and_then(|certificate| Timestamp::try_from(certificate.not_after).ok()).map(Time),
+            secret_name: shared.map(|_| names::tls_secret(node)),
         },
     })
 }
@@ -176,15 +219,15 @@ fn wanted(objects: &Objects) -> Result<Vec<Wanted>, Problem> {
         let value = serde_json::to_value(object).map_err(|e| invalid(&e))?;
         Ok(Wanted::new(kind, object.name_any(), value))
     }
-    Ok(vec![
-        one(Kind::ServiceAccount, &objects.service_account)?,
-        one(Kind::Secret, &objects.tls)?,
-        one(Kind::Secret, &objects.token)?,
-        one(Kind::ConfigMap, &objects.config)?,
-        one(Kind::Service, &objects.peers)?,
-        one(Kind::Service, &objects.client)?,
-        one(Kind::StatefulSet, &objects.stateful_set)?,
-    ])
+    let tls = objects.tls.as_ref().map(|tls| one(Kind::Secret, tls));
+    let rest = [
+        one(Kind::Secret, &objects.token),
+        one(Kind::ConfigMap, &objects.config),
+        one(Kind::Service, &objects.peers),
+        one(Kind::Service, &objects.client),
+        one(Kind::StatefulSet, &objects.stateful_set),
+    ];
+    [one(Kind::ServiceAccount, &objects.service_account)].into_iter().chain(tls).chain(rest).collect()
 }
 
 /// Sends what differs. The caches only say whether there may be something to do.
@@ -238,9 +281,13 @@ fn note_pods(node: &OverlayNode, wanted: &Wanted, live: Option<&Value>, progress
 
 /// Somebody else's StatefulSet of our name says nothing about our pods.
 fn pods(node: &OverlayNode, set: &StatefulSet) -> Pods {
-    let ours =
-        set.owner_references().iter().any(|r| r.controller == Some(true) && Some(&r.uid) == node.metadata.uid.as_ref());
-    if ours { Pods::of(set) } else { Pods::default() }
+    if is_ours(node, set) { Pods::of(set) } else { Pods::default() }
+}
+
+/// Whether the OverlayNode controls the StatefulSet.
+#[must_use]
+pub(super) fn is_ours(node: &OverlayNode, set: &StatefulSet) -> bool {
+    set.owner_references().iter().any(|r| r.controller == Some(true) && Some(&r.uid) == node.metadata.uid.as_ref())
 }
 
 /// Writes the status if it differs from what the API server has.
@@ -308,7 +355,8 @@ fn blocked(obstacle: Obstacle) -> Problem {
     }
 }
 
-fn refused(kind: Kind, name: &str, error: &kube::Error) -> Problem {
+/// What to say of a request about an object that the API server refused.
+pub(super) fn refused(kind: Kind, name: &str, error: &kube::Error) -> Problem {
     let for_good = matches!(error, kube::Error::Api(status) if status.is_invalid());
     let reason = if for_good { Reason::Rejected } else { Reason::ApplyFailed };
     Problem { reason, message: format!("{kind} {name}: {}", explain(error)) }

@@ -6,7 +6,7 @@ use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
-use crate::api::{Effective, OverlayNodeStatus, TlsStatus};
+use crate::api::{Effective, OverlayNodeStatus, TlsSource, TlsStatus};
 
 /// Longest message that is kept of what others say: the API server's errors can be pages.
 const MAX_MESSAGE: usize = 1_024;
@@ -34,6 +34,8 @@ pub(super) enum Reason {
     CaMissing,
     /// The installation's CA or token root cannot be read.
     CaInvalid,
+    /// The cluster lacks what the spec asks for.
+    UnsupportedCluster,
     /// The API server refused an object for good.
     Rejected,
     /// The API server could not be asked, or refused for now.
@@ -61,6 +63,7 @@ impl Reason {
             Self::InvalidSpec => "InvalidSpec",
             Self::CaMissing => "CAMissing",
             Self::CaInvalid => "CAInvalid",
+            Self::UnsupportedCluster => "UnsupportedCluster",
             Self::Rejected => "Rejected",
             Self::ApplyFailed => "ApplyFailed",
             Self::Issued => "Issued",
@@ -79,6 +82,7 @@ impl Reason {
                 | Self::InvalidSpec
                 | Self::CaMissing
                 | Self::CaInvalid
+                | Self::UnsupportedCluster
                 | Self::Rejected
         )
     }
@@ -303,7 +307,13 @@ fn trust_ready(facts: &Facts<'_>) -> Option<Verdict> {
         }
         (None, Some(built)) => {
             let secret = built.tls.secret_name.as_deref().unwrap_or_default();
-            Some(Verdict::yes(Reason::Issued, format!("certificate in Secret {secret} and tokens are current")))
+            let message = match built.tls.source {
+                TlsSource::PodCertificate => {
+                    "each pod is issued a certificate of its own when it asks, and tokens are current".to_owned()
+                }
+                TlsSource::SelfManaged => format!("certificate in Secret {secret} and tokens are current"),
+            };
+            Some(Verdict::yes(Reason::Issued, message))
         }
         // Some other problem says nothing about trust: what stood stands.
         _ => find(facts.previous, "TrustReady").map(|c| Verdict {

@@ -54,7 +54,8 @@ fn good_manifests_are_admitted_and_make_a_configuration_that_daemons_read() {
             assert_eq!(config::daemon(&text).unwrap_or_else(|e| panic!("{row}: {e:#?}\n{text}")), config, "{row}");
             let id = names::identity(&node, names::DEFAULT_TRUST_DOMAIN).unwrap();
             for ordinal in 0..u32::try_from(node.spec.replicas).unwrap() {
-                let peers = build::peers_config(&node, ordinal, |_| id.clone(), |other| names::pod_address(&node, other));
+                let peers =
+                    build::peers_config(&node, ordinal, |_| id.clone(), |other| names::pod_address(&node, other));
                 let text = peers.to_toml().unwrap();
                 assert_eq!(config::peers(&text).unwrap_or_else(|e| panic!("{row}: {e:#?}\n{text}")), peers, "{row}");
             }

@@ -7,7 +7,9 @@ use std::fmt::Display;
 
 use k8s_openapi::ByteString;
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{ConfigMap, PodTemplateSpec, Secret, Service, ServiceAccount, ServicePort, ServiceSpec};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, PodTemplateSpec, Secret, Service, ServiceAccount, ServicePort, ServiceSpec,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::Resource;
@@ -173,11 +175,8 @@ fn tls_secret(node: &OverlayNode, credentials: &Credentials) -> Option<Secret> {
         LeafSecret::Emptied => (&nothing, &nothing),
         LeafSecret::Holds { certificate, key } => (certificate, key),
     };
-    let data = [
-        (placement::TLS_CERTIFICATE, certificate),
-        (placement::TLS_KEY, key),
-        (placement::TLS_CA, &credentials.ca),
-    ];
+    let data =
+        [(placement::TLS_CERTIFICATE, certificate), (placement::TLS_KEY, key), (placement::TLS_CA, &credentials.ca)];
     Some(secret(node, names::tls_secret(node), "kubernetes.io/tls", data))
 }
 

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::ConfigMap;
 
+use super::dereference;
 use super::node::{Context, explain, is_ours, refused};
 use super::plan::{self, Kind};
 use super::source::{self, Choice};
 use super::status::{Pods, Problem, Reason};
-use super::dereference;
 use crate::api::{OverlayNode, TlsSource};
 use crate::build::{self, Placement, names};
 
@@ -19,7 +19,10 @@ use crate::build::{self, Placement, names};
 ///
 /// # Errors
 /// The API server cannot be asked.
-pub(super) async fn dereference_set(context: &Context, node: &OverlayNode) -> Result<Option<Arc<StatefulSet>>, Problem> {
+pub(super) async fn dereference_set(
+    context: &Context,
+    node: &OverlayNode,
+) -> Result<Option<Arc<StatefulSet>>, Problem> {
     let (namespace, name) = (names::namespace(node), names::name(node));
     let mut set = context.caches.stateful_set(namespace, name);
     let made_before = node.status.as_ref().is_some_and(|status| status.tls.is_some());
@@ -116,7 +119,8 @@ mod tests {
     #[test]
     fn peers_are_known_by_pod_once_every_pod_has_an_identity() {
         use TlsSource::{PodCertificate, SelfManaged};
-        let (by_node, by_pod) = (config("spiffe://d/ns/a/overlaynode/m"), config("spiffe://d/ns/a/overlaynode/m/pod/m-1"));
+        let (by_node, by_pod) =
+            (config("spiffe://d/ns/a/overlaynode/m"), config("spiffe://d/ns/a/overlaynode/m/pod/m-1"));
         for (case, source, set, config, want) in [
             ("new", PodCertificate, None, None, true),
             ("being rolled to it", PodCertificate, Some(set(PodCertificate, false)), Some(&by_node), false),

@@ -15,7 +15,7 @@ use super::source::{Cluster, Kubelets};
 use crate::build::names::SIGNER;
 
 /// How old an answer may be: OverlayNodes that are made together are one question.
-const MAX_AGE: Duration = Duration::from_secs(5);
+const MAX_AGE: Duration = Duration::from_secs(1);
 /// Nodes asked for at once.
 const PAGE: u32 = 500;
 

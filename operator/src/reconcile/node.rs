@@ -150,7 +150,14 @@ fn validate(
     let identity_of = |ordinal: u32| identities.get(ordinal as usize).unwrap_or(&identity).clone();
     let address = |ordinal| names::pod_address(node, ordinal);
     let peers = ordinals.map(|ordinal| build::peers_config(node, ordinal, identity_of, address)).collect();
-    Ok(Valid { uid: node.uid().unwrap_or_default(), identity, source, config, peers, image: build::image(node, &context.daemon_image) })
+    Ok(Valid {
+        uid: node.uid().unwrap_or_default(),
+        identity,
+        source,
+        config,
+        peers,
+        image: build::image(node, &context.daemon_image),
+    })
 }
 
 /// What stands, as far as it is good; for the rest, issued with keys just read.

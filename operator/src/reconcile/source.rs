@@ -63,9 +63,7 @@ pub(super) enum Choice {
 pub(super) fn choose(wanted: CertificateSource, standing: Option<TlsSource>, rolls: impl FnOnce() -> bool) -> Choice {
     match (wanted, standing) {
         (CertificateSource::SelfManaged, _) => Choice::Take(TlsSource::SelfManaged),
-        (CertificateSource::PodCertificate, Some(TlsSource::PodCertificate)) => {
-            Choice::Take(TlsSource::PodCertificate)
-        }
+        (CertificateSource::PodCertificate, Some(TlsSource::PodCertificate)) => Choice::Take(TlsSource::PodCertificate),
         (CertificateSource::Auto, Some(standing)) if !rolls() => Choice::Take(standing),
         (CertificateSource::PodCertificate | CertificateSource::Auto, _) => Choice::Ask,
     }

@@ -28,7 +28,8 @@ fn build_with(node: &OverlayNode, leaf: LeafSecret) -> Result<Objects, BuildErro
     };
     let config = daemon_config(node, &Placement::pod(node, source));
     let replicas = u32::try_from(node.spec.replicas).unwrap();
-    let peers: Vec<_> = (0..replicas).map(|n| peers_config(node, n, |_| id.clone(), |m| names::pod_address(node, m))).collect();
+    let peers: Vec<_> =
+        (0..replicas).map(|n| peers_config(node, n, |_| id.clone(), |m| names::pod_address(node, m))).collect();
     let some = |text: &str| text.as_bytes().to_vec();
     let credentials = Credentials {
         leaf,
@@ -161,7 +162,8 @@ fn certificates_of_the_pods_own() {
     let shared = build(&node).unwrap().stateful_set.spec.unwrap().template;
     assert_eq!(workload::source_of(&shared), TlsSource::SelfManaged);
     let config = |source| daemon_config(&node, &Placement::pod(&node, source));
-    let alike = |source| pod_template(&node, &config(source), &image(&node, "registry.example/overlay-daemon:1.0"), source);
+    let alike =
+        |source| pod_template(&node, &config(source), &image(&node, "registry.example/overlay-daemon:1.0"), source);
     assert_eq!(alike(TlsSource::SelfManaged).unwrap(), shared, "as it is built");
 }
 
@@ -229,7 +231,8 @@ fn too_much_configuration() {
     let id: SpiffeId = format!("spiffe://overlay.local/ns/a/overlaynode/{}", "m".repeat(1_900)).parse().unwrap();
     let mut big = node.clone();
     big.spec.replicas = 64;
-    let peers: Vec<_> = (0..64).map(|n| peers_config(&big, n, |_| id.clone(), |m| names::pod_address(&big, m))).collect();
+    let peers: Vec<_> =
+        (0..64).map(|n| peers_config(&big, n, |_| id.clone(), |m| names::pod_address(&big, m))).collect();
     let source = TlsSource::PodCertificate;
     let config = daemon_config(&big, &Placement::pod(&big, source));
     let credentials = Credentials::default();

@@ -175,7 +175,8 @@ fn controller<K: Resource>(object: &K, group: &str, kind: &str) -> Result<Contro
             Ok(Controller { name: owner.name.clone(), uid: owner.uid.clone() })
         }
         Some(owner) => {
-            let message = format!("{} is controlled by {} {}, not by a {kind}", object.name_any(), owner.kind, owner.name);
+            let message =
+                format!("{} is controlled by {} {}, not by a {kind}", object.name_any(), owner.kind, owner.name);
             denied(Denial::NotAnOverlayNodesPod, message)
         }
         None => denied(
@@ -190,10 +191,7 @@ fn same<'a, K: Resource>(owner: &Controller, kind: &str, object: Option<&'a K>) 
     match object {
         None => pending(format!("there is no {kind} {}", owner.name)),
         Some(object) if object.meta().uid.as_deref() == Some(&owner.uid) => Ok(object),
-        Some(_) => denied(
-            Denial::NotAnOverlayNodesPod,
-            format!("{kind} {} is another one than the pod's", owner.name),
-        ),
+        Some(_) => denied(Denial::NotAnOverlayNodesPod, format!("{kind} {} is another one than the pod's", owner.name)),
     }
 }
 

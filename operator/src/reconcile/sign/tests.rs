@@ -10,11 +10,8 @@ fn request(status: serde_json::Value) -> PodCertificateRequest {
 #[test]
 fn what_is_answered() {
     let begin = UNIX_EPOCH + Duration::from_secs(1_800_000_000);
-    let leaf = LeafCertificate {
-        cert_pem: "PEM".into(),
-        not_before: begin,
-        not_after: begin + Duration::from_secs(86_400),
-    };
+    let leaf =
+        LeafCertificate { cert_pem: "PEM".into(), not_before: begin, not_after: begin + Duration::from_secs(86_400) };
     let id = "spiffe://example.org/ns/a/overlaynode/mesh/pod/mesh-0".parse().unwrap();
     let mut got = issued(&request(json!({})), &id, &leaf).unwrap();
     let condition = got["conditions"][0].take();

@@ -98,13 +98,7 @@ fn who_gets_a_certificate() {
             node.clone(),
             deny(PodMismatch, "another one"),
         ),
-        (
-            "no node yet",
-            pod_with("/spec/nodeName", json!(null)),
-            set.clone(),
-            node.clone(),
-            wait("has no node yet"),
-        ),
+        ("no node yet", pod_with("/spec/nodeName", json!(null)), set.clone(), node.clone(), wait("has no node yet")),
         (
             "another node",
             pod_with("/spec/nodeName", json!("n2")),

@@ -1,9 +1,13 @@
 //! Certificates of the pods' own: what the cluster must have for it, and who is given one. What
 //! a kubelet does (ask, and mount the answer) is done by hand: no kubelet is here.
 
+use std::fs;
+use std::process::Command;
+
 use anyhow::{Context, Result, anyhow, ensure};
 use k8s_openapi::ByteString;
 use overlay_tests::operator::NAMESPACE as OPERATOR_NAMESPACE;
+use overlay_tests::programs;
 use overlay_tests::wait::{self, Look};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ED25519};
 use rustls::RootCertStore;
@@ -13,7 +17,7 @@ use rustls::server::WebPkiClientVerifier;
 use serde_json::{Value, json};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use crate::world::{LIMIT, World};
+use crate::world::{LIMIT, QUIET, World};
 
 const NAMESPACE: &str = "pod-certificates";
 const MESH: &str = "own";
@@ -73,7 +77,16 @@ pub(crate) fn no_secret_holds_a_key(world: &World) -> Result<()> {
     assert_eq!(json!(ByteString(text(&config["ca.crt"]).into())), ca["data"]["tls.crt"]);
     let peers = text(&config[format!("peers-{MESH}-0.toml")]);
     ensure!(peers.contains(&format!("/ns/{NAMESPACE}/overlaynode/{MESH}/pod/{MESH}-1\"")), "{peers}");
-    Ok(())
+
+    // What the API server adds to such a volume is not taken for a difference.
+    let operator = world.operator.borrow();
+    let reconciles = operator.metric("overlay_operator_reconciles_total")?;
+    world.admin().run(&["annotate", "-n", NAMESPACE, "statefulset", MESH, "example.com/touched=yes", "--overwrite"])?;
+    let before = world.versions(NAMESPACE, MESH)?;
+    wait::until_true("another reconcile", LIMIT, || {
+        Ok(operator.metric("overlay_operator_reconciles_total")? > reconciles)
+    })?;
+    wait::throughout("nothing is written", QUIET, || Ok(world.versions(NAMESPACE, MESH)? == before))
 }
 
 /// What a kubelet asks for a pod of its node.
@@ -140,6 +153,7 @@ pub(crate) fn only_the_meshs_pods_are_certified(world: &World) -> Result<()> {
     assert_eq!((&condition["type"], &condition["status"]), (&json!("Issued"), &json!("True")), "{condition}");
     let ca = world.admin().must_get(NAMESPACE, "configmap", &format!("{MESH}-config"))?;
     verify(&status, text(&ca["data"]["ca.crt"]), &key)?;
+    the_daemon_takes_it(world, text(&status["certificateChain"]), &key)?;
 
     impostor(world)?;
     ask(world, &Ask { name: "wrong", signer: SIGNER, pod: "impostor", key: &key })?;
@@ -188,6 +202,37 @@ fn verify(status: &Value, ca: &str, key: &KeyPair) -> Result<()> {
     Ok(())
 }
 
+/// The volumes as the kubelet would mount them, but for where: the daemon's own check finds key,
+/// certificate, authorities and tokens good.
+fn the_daemon_takes_it(world: &World, chain: &str, key: &KeyPair) -> Result<()> {
+    let folder = world.plane.folder().join("pod");
+    for volume in ["config", "tls", "token"] {
+        fs::create_dir_all(folder.join(volume))?;
+    }
+    let config = world.admin().must_get(NAMESPACE, "configmap", &format!("{MESH}-config"))?;
+    for (file, content) in config["data"].as_object().context("no data")? {
+        let content = text(content).replace("/etc/overlay", &folder.to_string_lossy());
+        fs::write(folder.join("config").join(file), &content)?;
+        if file == "ca.crt" {
+            fs::write(folder.join("tls").join(file), &content)?;
+        }
+    }
+    fs::write(folder.join("tls/bundle.pem"), format!("{}{chain}", key.serialize_pem()))?;
+    let tokens = world.admin().must_get(NAMESPACE, "secret", &format!("{MESH}-token"))?;
+    for (file, content) in tokens["data"].as_object().context("no data")? {
+        let ByteString(content) = serde_json::from_value(content.clone())?;
+        fs::write(folder.join("token").join(file), content)?;
+    }
+    let output = Command::new(programs::built("overlay-daemon")?)
+        .args(["check", "--files", "--config"])
+        .arg(folder.join("config/overlay.toml"))
+        .arg("--peers")
+        .arg(folder.join(format!("config/peers-{MESH}-0.toml")))
+        .output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
 /// A new OverlayNode's source, once it is this one: the operator looks at the cluster at most
 /// once a second.
 fn new_mesh_has(world: &World, prefix: &str, expected: &str) -> Result<String> {
@@ -216,7 +261,9 @@ pub(crate) fn auto_follows_the_cluster(world: &World) -> Result<()> {
 
     let rolled = world.apply_node(NAMESPACE, &before, "{replicas: 2, image: {tag: newer}}")?;
     assert_eq!(rolled["status"]["tls"]["source"], "PodCertificate", "it is rolled anyway");
-    // While a pod may still mount it, it stays.
+    // While a pod may still mount it, it stays; and while one still shares its identity with the
+    // others, they know one another by it.
+    ensure!(!knows_pods(world, &before)?, "the mesh falls in two");
     ensure!(has_key(&world.admin().must_get(NAMESPACE, "secret", &secret)?), "taken from a pod that runs");
     wait::until(&format!("{secret} to hold no key"), LIMIT, || {
         all_ready(world, &before)?;
@@ -224,10 +271,17 @@ pub(crate) fn auto_follows_the_cluster(world: &World) -> Result<()> {
         Ok(if has_key(&secret) { Look::NotYet("it does".to_owned()) } else { Look::Holds(()) })
     })?;
 
+    wait::until_true("each pod to be known by its own identity", LIMIT, || knows_pods(world, &before))?;
+
     let old = Kubelet::register(world, "old", "v1.36.3")?;
     new_mesh_has(world, "auto-old", "SelfManaged")?;
     drop((kubelet, old));
     Ok(())
+}
+
+fn knows_pods(world: &World, name: &str) -> Result<bool> {
+    let config = world.admin().must_get(NAMESPACE, "configmap", &format!("{name}-config"))?;
+    Ok(text(&config["data"][format!("peers-{name}-0.toml")]).contains(&format!("/pod/{name}-1")))
 }
 
 fn has_key(secret: &Value) -> bool {

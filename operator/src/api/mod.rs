@@ -186,7 +186,8 @@ pub struct Tls {
     /// Where the daemons' certificates come from. `Auto` is PodCertificate where the API server
     /// serves PodCertificateRequests, every node's kubelet is 1.37 or newer and the operator may
     /// sign, else SelfManaged; what it chose stands in `status.tls.source` and is chosen anew
-    /// only when the pods are rolled anyway. `local` runs Auto as SelfManaged.
+    /// only when the pods are rolled anyway. `local` runs Auto as SelfManaged. Whoever may create
+    /// pods in a namespace may join its meshes, with either.
     pub source: CertificateSource,
 }
 

@@ -21,6 +21,9 @@
 //! | `certificates.k8s.io` | `podcertificaterequests/status` | patch | the answers |
 //! | `certificates.k8s.io` | `signers`, limited by `resourceNames` to `overlay.rustyonions.io/mesh` | sign | to answer as that signer |
 //!
+//! Whether it may sign, it asks by a SelfSubjectAccessReview, which every authenticated user may
+//! create and which is not kept.
+//!
 //! In the operator's own namespace (Role): core `secrets` get, limited by `resourceNames` to
 //! `overlay-ca` and `overlay-token-root`, and `create`, which cannot be limited by name. The
 //! ClusterRole above implies both; the Role stands for installations that narrow the first.

@@ -6,6 +6,7 @@
 pub mod admit;
 pub mod api;
 pub mod build;
+mod daemon;
 pub mod local;
 pub mod reconcile;
 pub mod trust;

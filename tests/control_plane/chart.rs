@@ -151,6 +151,10 @@ pub(crate) fn rbac_grants_the_least(world: &World) -> Result<()> {
         ("create", "serviceaccounts --subresource=token", "no"),
         ("create", "pods --subresource=exec", "no"),
         ("get", "nodes", "no"),
+        ("list", "nodes", "yes"),
+        ("get", "pods", "yes"),
+        ("patch", "podcertificaterequests.certificates.k8s.io", "no"),
+        ("approve", "signers.certificates.k8s.io", "no"),
     ] {
         let mut question = vec!["auth", "can-i", "--all-namespaces", verb];
         question.extend(resource.split(' '));

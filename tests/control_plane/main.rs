@@ -7,6 +7,7 @@ mod leader;
 mod manifests;
 mod mesh;
 mod shortage;
+mod pod_certificates;
 mod world;
 
 use std::process::ExitCode;
@@ -36,6 +37,9 @@ const CASES: &[Case<World>] = &[
     ("mesh_children_are_collected", mesh::children_are_collected),
     ("foreign_child_stalls", faults::foreign_child_stalls),
     ("changed_child_is_put_back", faults::changed_child_is_put_back),
+    ("pod_certificates_no_secret_holds_a_key", pod_certificates::no_secret_holds_a_key),
+    ("pod_certificates_only_for_the_meshs_pods", pod_certificates::only_the_meshs_pods_are_certified),
+    ("pod_certificates_auto_follows_the_cluster", pod_certificates::auto_follows_the_cluster),
     ("missing_ca_is_never_replaced", faults::missing_ca_is_never_replaced),
     ("every_taken_name_is_told", faults::every_taken_name_is_told),
     ("shortage_quota_is_told_while_it_lasts", shortage::quota_is_told_while_it_lasts),

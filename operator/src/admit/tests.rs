@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use overlay_core::config;
 
 use super::*;
+use crate::api::TlsSource;
 use crate::build::{self, Placement, names};
 
 const HEAD: &str = "apiVersion: overlay.rustyonions.io/v1alpha1\nkind: OverlayNode\n";
@@ -48,12 +49,13 @@ fn good_manifests_are_admitted_and_make_a_configuration_that_daemons_read() {
     for (row, text) in rows("good") {
         let admitted = documents(&text, &row).unwrap_or_else(|e| panic!("{row}: {e:#?}"));
         for Admitted { node, .. } in admitted {
-            let config = build::daemon_config(&node, &Placement::pod(&node));
+            let config = build::daemon_config(&node, &Placement::pod(&node, TlsSource::SelfManaged));
             let text = config.to_toml().unwrap();
             assert_eq!(config::daemon(&text).unwrap_or_else(|e| panic!("{row}: {e:#?}\n{text}")), config, "{row}");
             let id = names::identity(&node, names::DEFAULT_TRUST_DOMAIN).unwrap();
             for ordinal in 0..u32::try_from(node.spec.replicas).unwrap() {
-                let peers = build::peers_config(&node, &id, ordinal, |other| names::pod_address(&node, other));
+                let peers =
+                    build::peers_config(&node, ordinal, |_| id.clone(), |other| names::pod_address(&node, other));
                 let text = peers.to_toml().unwrap();
                 assert_eq!(config::peers(&text).unwrap_or_else(|e| panic!("{row}: {e:#?}\n{text}")), peers, "{row}");
             }

@@ -105,7 +105,8 @@ pub struct OverlayNodeSpec {
     /// What the mesh may carry.
     #[serde(default)]
     pub auth: Auth,
-    /// Caps of each daemon. One request is a frame that expects an answer.
+    /// Caps of each daemon, changed without a restart. One request is a frame that expects an
+    /// answer.
     #[serde(default)]
     #[x_kube(
         validation = Rule::new("!has(self.perPeerInflight) || self.perPeerInflight <= self.inflight")
@@ -116,10 +117,10 @@ pub struct OverlayNodeSpec {
             .field_path(".perPeerRequestsPerSecond").reason(Reason::FieldValueInvalid)
     )]
     pub limits: Limits,
-    /// How messages spread.
+    /// How messages spread; changed without a restart.
     #[serde(default)]
     pub gossip: Gossip,
-    /// When a daemon is ready, and when it sheds writes. Pressure is the fullest of its
+    /// When a daemon is ready, and when it sheds writes; changed without a restart. Pressure is the fullest of its
     /// bounded resources, in percent.
     #[serde(default)]
     #[x_kube(
@@ -181,8 +182,28 @@ pub struct Tcp {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Tls {
-    /// Which key exchanges are accepted; hybrid is X25519MLKEM768.
+    /// Which key exchanges are accepted; hybrid is X25519MLKEM768. Changed without a restart,
+    /// for new sessions.
     pub key_exchange: KeyExchange,
+    /// Where the daemons' certificates come from. `Auto` is PodCertificate where the API server
+    /// serves PodCertificateRequests, every node's kubelet is 1.37 or newer and the operator may
+    /// sign, else SelfManaged; what it chose stands in `status.tls.source` and is chosen anew
+    /// only when the pods are rolled anyway. `local` runs Auto as SelfManaged. Whoever may create
+    /// pods in a namespace may join its meshes, with either.
+    pub source: CertificateSource,
+}
+
+/// Where the daemons' certificates come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum CertificateSource {
+    /// What the cluster allows of the two others.
+    #[default]
+    Auto,
+    /// The kubelet makes a key for each pod, in the pod's memory only, and the operator signs
+    /// for it: each pod has an identity of its own.
+    PodCertificate,
+    /// The operator makes one key and certificate for all pods, in Secret NAME-tls.
+    SelfManaged,
 }
 
 /// Which key exchanges a session may use.
@@ -293,7 +314,7 @@ pub struct Drain {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Logging {
-    /// The least severe level that is logged.
+    /// The least severe level that is logged; changed without a restart.
     pub level: LogLevel,
     /// One JSON object a line, or text.
     pub format: LogFormat,

@@ -25,6 +25,9 @@ pub struct OverlayNodeStatus {
     /// The hash of the configuration last written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub config_hash: Option<String>,
+    /// The hash of configuration and peers that every daemon was last seen to run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub running_hash: Option<String>,
     /// Ready, Reconciling, Stalled, Degraded and TrustReady.
     #[schemars(schema_with = "conditions")]
     pub conditions: Vec<Condition>,
@@ -83,11 +86,11 @@ pub struct EffectiveLimits {
 pub struct TlsStatus {
     /// Who made it.
     pub source: TlsSource,
-    /// When it expires.
+    /// When it expires; only of a certificate that all pods share.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "time")]
     pub not_after: Option<Time>,
-    /// The Secret that holds it.
+    /// The Secret that holds it, with SelfManaged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_name: Option<String>,
 }
@@ -95,6 +98,8 @@ pub struct TlsStatus {
 /// Who makes a leaf certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum TlsSource {
+    /// The operator, a leaf for each pod, whose key the kubelet made.
+    PodCertificate,
     /// The operator, one leaf for all replicas.
     SelfManaged,
 }

@@ -5,8 +5,8 @@ use overlay_core::config::{self, DaemonConfig, FORMAT, Peer, PeersConfig};
 use overlay_core::identity::SpiffeId;
 
 use super::names;
-use super::placement::{PEER_TOKEN, Placement, TLS_CA, TLS_CERTIFICATE, TLS_KEY, TOKEN_KEYS};
-use crate::api::{Effective, EffectiveLimits, KeyExchange, LogFormat, LogLevel, OverlayNode, Profile};
+use super::placement::{PEER_TOKEN, Placement, TOKEN_KEYS};
+use crate::api::{Effective, EffectiveLimits, KeyExchange, LogFormat, LogLevel, OverlayNode, Profile, TlsSource};
 
 /// Pods that a rolling change takes away at once.
 const MAX_UNAVAILABLE: u32 = 1;
@@ -20,9 +20,9 @@ pub fn daemon_config(node: &OverlayNode, at: &Placement) -> DaemonConfig {
         Profile::Macronode => config::Profile::Macronode,
     };
     let tls = config::Tls {
-        certificate: at.tls.join(TLS_CERTIFICATE),
-        key: at.tls.join(TLS_KEY),
-        ca: at.tls.join(TLS_CA),
+        certificate: at.certificate.clone(),
+        key: at.key.clone(),
+        ca: at.ca.clone(),
         key_exchange: match spec.tls.key_exchange {
             KeyExchange::RequireHybrid => config::KeyExchange::RequireHybrid,
             KeyExchange::PreferHybrid => config::KeyExchange::PreferHybrid,
@@ -96,18 +96,18 @@ pub fn min_peers(node: &OverlayNode) -> u32 {
     node.spec.readiness.min_peers.min(peers.saturating_sub(MAX_UNAVAILABLE))
 }
 
-/// The peers file of the daemon with `ordinal`: every other replica, all of one `identity`.
+/// The peers file of the daemon with `ordinal`: every other replica.
 #[must_use]
 pub fn peers_config(
     node: &OverlayNode,
-    identity: &SpiffeId,
     ordinal: u32,
+    identity_of: impl Fn(u32) -> SpiffeId,
     address_of: impl Fn(u32) -> String,
 ) -> PeersConfig {
     let peers = (0..names::replicas(node)).filter(|other| *other != ordinal).map(|other| Peer {
         name: names::daemon(node, other),
         address: address_of(other),
-        identity: identity.clone(),
+        identity: identity_of(other),
     });
     PeersConfig { format: FORMAT, name: names::daemon(node, ordinal), peers: peers.collect() }
 }
@@ -115,7 +115,8 @@ pub fn peers_config(
 /// What profile and cluster decide, for the status.
 #[must_use]
 pub fn effective(node: &OverlayNode, image: Option<String>) -> Effective {
-    let config = daemon_config(node, &Placement::pod(node));
+    // Where certificates lie shows in none of these.
+    let config = daemon_config(node, &Placement::pod(node, TlsSource::SelfManaged));
     let (overlay, gossip) = (&config.overlay, &config.gossip);
     Effective {
         min_peers: i32::try_from(config.readiness.min_peers).unwrap_or(i32::MAX),

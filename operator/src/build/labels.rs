@@ -9,7 +9,11 @@ pub const NAME: &str = "overlay.rustyonions.io/name";
 pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 /// Its value, and the field manager of everything that is applied.
 pub const OPERATOR: &str = "overlay-operator";
-/// The annotation of pods with the hash of the configuration that they started with.
+/// The annotation of a pod template with the hash of what takes a restart to change: another
+/// one rolls the pods.
+pub const RESTART_HASH: &str = "overlay.rustyonions.io/restart-hash";
+/// The annotation of a pod with the hash of what was last written for it: another one has the
+/// kubelet refresh the pod's volumes at once, rather than within a minute or two.
 pub const CONFIG_HASH: &str = "overlay.rustyonions.io/config-hash";
 
 /// Labels of everything that belongs to the OverlayNode `name`.

@@ -12,6 +12,8 @@ pub const DEFAULT_TRUST_DOMAIN: &str = "overlay.local";
 pub const CA_SECRET: &str = "overlay-ca";
 /// The Secret of the installation's token root, in the operator's namespace.
 pub const TOKEN_ROOT_SECRET: &str = "overlay-token-root";
+/// The signer that pods ask for their certificates, which is the operator.
+pub const SIGNER: &str = "overlay.rustyonions.io/mesh";
 /// The daemon's container.
 pub const CONTAINER: &str = "overlay-daemon";
 /// The port name of sessions.

@@ -7,26 +7,44 @@ use std::fmt::Display;
 
 use k8s_openapi::ByteString;
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{ConfigMap, Secret, Service, ServiceAccount, ServicePort, ServiceSpec};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, PodTemplateSpec, Secret, Service, ServiceAccount, ServicePort, ServiceSpec,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::Resource;
 use overlay_core::config::{DaemonConfig, PeersConfig};
 
 use super::{labels, names, placement, workload};
-use crate::api::{OverlayNode, PullPolicy};
+use crate::api::{OverlayNode, PullPolicy, TlsSource};
 
 /// Most bytes of configuration that one ConfigMap is given; the API server takes 1 MiB with
 /// everything around it.
 pub const MAX_CONFIG: usize = 900 * 1024;
 
+/// What becomes of the Secret NAME-tls. No `Debug`.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub enum LeafSecret {
+    /// Each pod has a key of its own, and there is no such Secret.
+    #[default]
+    Absent,
+    /// Each pod has a key of its own; the Secret is from before, and its key is taken out. What
+    /// is left of it goes with its owner, so that nothing needs to be deleted.
+    Emptied,
+    /// The pods share a certificate.
+    Holds {
+        /// PEM: the leaf.
+        certificate: Vec<u8>,
+        /// PEM: its private key.
+        key: Vec<u8>,
+    },
+}
+
 /// Certificate, key and tokens of one OverlayNode, as its Secrets hold them. No `Debug`.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Credentials {
-    /// PEM: the leaf.
-    pub certificate: Vec<u8>,
-    /// PEM: its private key.
-    pub key: Vec<u8>,
+    /// The leaf, where the pods share one.
+    pub leaf: LeafSecret,
     /// PEM: the installation's CA.
     pub ca: Vec<u8>,
     /// The JSON Web Key Set that tokens are verified with.
@@ -49,6 +67,8 @@ pub struct Inputs<'a> {
     pub image: &'a str,
     /// When it is pulled; the kubelet's own default where this is none.
     pub pull_policy: Option<PullPolicy>,
+    /// Where the certificate comes from.
+    pub source: TlsSource,
     /// Certificate and tokens.
     pub credentials: &'a Credentials,
 }
@@ -57,8 +77,8 @@ pub struct Inputs<'a> {
 pub struct Objects {
     /// NAME: its token is mounted nowhere.
     pub service_account: ServiceAccount,
-    /// NAME-tls.
-    pub tls: Secret,
+    /// NAME-tls, where there is one.
+    pub tls: Option<Secret>,
     /// NAME-token.
     pub token: Secret,
     /// NAME-config.
@@ -95,7 +115,7 @@ pub enum BuildError {
 /// As [`BuildError`] has them.
 pub fn objects(inputs: &Inputs<'_>) -> Result<Objects, BuildError> {
     let node = inputs.node;
-    let hash = inputs.config.hash().map_err(|e| BuildError::Toml(e.to_string()))?;
+    let restart_hash = inputs.config.restart_hash().map_err(|e| BuildError::Toml(e.to_string()))?;
     let credentials = inputs.credentials;
     Ok(Objects {
         service_account: ServiceAccount {
@@ -103,16 +123,7 @@ pub fn objects(inputs: &Inputs<'_>) -> Result<Objects, BuildError> {
             automount_service_account_token: Some(false),
             ..Default::default()
         },
-        tls: secret(
-            node,
-            names::tls_secret(node),
-            "kubernetes.io/tls",
-            [
-                (placement::TLS_CERTIFICATE, &credentials.certificate),
-                (placement::TLS_KEY, &credentials.key),
-                (placement::TLS_CA, &credentials.ca),
-            ],
-        ),
+        tls: tls_secret(node, credentials),
         token: secret(
             node,
             names::token_secret(node),
@@ -126,8 +137,24 @@ pub fn objects(inputs: &Inputs<'_>) -> Result<Objects, BuildError> {
         config: config_map(inputs)?,
         peers: service(inputs, names::peers_service(node), true),
         client: service(inputs, names::name(node).to_owned(), false),
-        stateful_set: workload::stateful_set(inputs, &hash),
+        stateful_set: workload::stateful_set(inputs, &restart_hash),
     })
+}
+
+/// What pods are made from with another `source` than the one that was chosen, for comparing.
+///
+/// # Errors
+/// As [`objects`].
+pub fn pod_template(
+    node: &OverlayNode,
+    config: &DaemonConfig,
+    image: &str,
+    pull_policy: Option<PullPolicy>,
+    source: TlsSource,
+) -> Result<PodTemplateSpec, BuildError> {
+    let restart_hash = config.restart_hash().map_err(|e| BuildError::Toml(e.to_string()))?;
+    let inputs = Inputs { node, config, peers: &[], image, pull_policy, source, credentials: &Credentials::default() };
+    Ok(workload::stateful_set(&inputs, &restart_hash).spec.map(|spec| spec.template).unwrap_or_default())
 }
 
 /// Metadata of a child: labels, and who owns it.
@@ -141,6 +168,19 @@ pub(super) fn metadata(node: &OverlayNode, name: String) -> ObjectMeta {
         owner_references: owner.map(|o| vec![o]),
         ..Default::default()
     }
+}
+
+fn tls_secret(node: &OverlayNode, credentials: &Credentials) -> Option<Secret> {
+    let nothing = Vec::new();
+    let (certificate, key) = match &credentials.leaf {
+        LeafSecret::Absent => return None,
+        // The type takes both, and a Secret cannot change its type.
+        LeafSecret::Emptied => (&nothing, &nothing),
+        LeafSecret::Holds { certificate, key } => (certificate, key),
+    };
+    let data =
+        [(placement::TLS_CERTIFICATE, certificate), (placement::TLS_KEY, key), (placement::TLS_CA, &credentials.ca)];
+    Some(secret(node, names::tls_secret(node), "kubernetes.io/tls", data))
 }
 
 fn secret<'a>(
@@ -163,6 +203,11 @@ fn config_map(inputs: &Inputs<'_>) -> Result<ConfigMap, BuildError> {
     data.insert(names::CONFIG_FILE.to_owned(), inputs.config.to_toml().map_err(|e| toml(&e))?);
     for peers in inputs.peers {
         data.insert(names::peers_file(&peers.name), peers.to_toml().map_err(|e| toml(&e))?);
+    }
+    if inputs.source == TlsSource::PodCertificate {
+        // Certificates are public, and the volume of the pod's own certificate takes it in.
+        let ca = String::from_utf8_lossy(&inputs.credentials.ca).into_owned();
+        data.insert(placement::TLS_CA.to_owned(), ca);
     }
     let bytes = data.iter().map(|(file, text)| file.len() + text.len()).sum();
     if bytes > MAX_CONFIG {

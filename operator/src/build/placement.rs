@@ -3,12 +3,15 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use crate::api::OverlayNode;
+use crate::api::{OverlayNode, TlsSource};
 
 /// The leaf certificate and what follows it, PEM.
 pub const TLS_CERTIFICATE: &str = "tls.crt";
 /// The leaf's private key, PEM.
 pub const TLS_KEY: &str = "tls.key";
+/// A pod's own private key with its leaf certificate and what follows it, PEM: one file, so
+/// that the two always belong together.
+pub const TLS_BUNDLE: &str = "bundle.pem";
 /// The accepted authorities, PEM.
 pub const TLS_CA: &str = "ca.crt";
 /// The accepted token keys, JWKS.
@@ -41,8 +44,12 @@ pub struct Placement {
     pub listen: SocketAddr,
     /// Where admin HTTP is served.
     pub admin: SocketAddr,
-    /// The folder of [`TLS_CERTIFICATE`], [`TLS_KEY`] and [`TLS_CA`].
-    pub tls: PathBuf,
+    /// The leaf certificate.
+    pub certificate: PathBuf,
+    /// Its private key; may be in the same file.
+    pub key: PathBuf,
+    /// The accepted authorities.
+    pub ca: PathBuf,
     /// The folder of [`TOKEN_KEYS`] and [`PEER_TOKEN`].
     pub token: PathBuf,
     /// The socket of local clients.
@@ -52,12 +59,19 @@ pub struct Placement {
 impl Placement {
     /// In a pod: mounted volumes, all addresses.
     #[must_use]
-    pub fn pod(node: &OverlayNode) -> Self {
+    pub fn pod(node: &OverlayNode, source: TlsSource) -> Self {
         let any = |port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+        let tls = Path::new(POD_TLS);
+        let (certificate, key) = match source {
+            TlsSource::PodCertificate => (TLS_BUNDLE, TLS_BUNDLE),
+            TlsSource::SelfManaged => (TLS_CERTIFICATE, TLS_KEY),
+        };
         Self {
             listen: any(node.spec.transports.tcp.port),
             admin: any(ADMIN_PORT),
-            tls: POD_TLS.into(),
+            certificate: tls.join(certificate),
+            key: tls.join(key),
+            ca: tls.join(TLS_CA),
             token: POD_TOKEN.into(),
             socket: Path::new(POD_RUN).join(SOCKET),
         }
@@ -67,6 +81,14 @@ impl Placement {
     /// `trust`, and the addresses that the caller found free.
     #[must_use]
     pub fn local(folder: &Path, trust: &Path, listen: SocketAddr, admin: SocketAddr) -> Self {
-        Self { listen, admin, tls: trust.to_owned(), token: trust.to_owned(), socket: folder.join(SOCKET) }
+        Self {
+            listen,
+            admin,
+            certificate: trust.join(TLS_CERTIFICATE),
+            key: trust.join(TLS_KEY),
+            ca: trust.join(TLS_CA),
+            token: trust.to_owned(),
+            socket: folder.join(SOCKET),
+        }
     }
 }

@@ -4,9 +4,10 @@
 
 use k8s_openapi::api::apps::v1::{StatefulSet, StatefulSetSpec, StatefulSetUpdateStrategy};
 use k8s_openapi::api::core::v1::{
-    Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar, EnvVarSource,
-    HTTPGetAction, LocalObjectReference, ObjectFieldSelector, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
-    SeccompProfile, SecretVolumeSource, SecurityContext, Volume, VolumeMount,
+    Capabilities, ConfigMapProjection, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
+    EnvVarSource, HTTPGetAction, KeyToPath, LocalObjectReference, ObjectFieldSelector, PodCertificateProjection,
+    PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ProjectedVolumeSource, SeccompProfile, SecretVolumeSource,
+    SecurityContext, Volume, VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
@@ -15,7 +16,8 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use super::labels::{self, labels, selector};
 use super::objects::{Inputs, metadata};
 use super::{names, placement};
-use crate::api::{OverlayNode, PullPolicy};
+use crate::api::{OverlayNode, PullPolicy, TlsSource};
+use crate::trust::LEAF_LIFETIME;
 
 /// User and group of the daemon: the number that images without users have for "nobody".
 const UID: i64 = 65_532;
@@ -24,8 +26,13 @@ const GRACE_MARGIN: u64 = 5;
 /// Seconds that a daemon may take to answer at all.
 const STARTUP_SECONDS: i32 = 120;
 
-/// NAME, its pods annotated with the configuration's `hash` so that a new one rolls them.
-pub(super) fn stateful_set(inputs: &Inputs<'_>, hash: &str) -> StatefulSet {
+/// The volume of the certificate.
+const TLS_VOLUME: &str = "tls";
+/// The sort of key that the kubelet makes.
+const KEY_TYPE: &str = "ED25519";
+
+/// NAME, its pods annotated with `restart_hash`, so that another one rolls them.
+pub(super) fn stateful_set(inputs: &Inputs<'_>, restart_hash: &str) -> StatefulSet {
     let node = inputs.node;
     let name = names::name(node);
     StatefulSet {
@@ -45,7 +52,7 @@ pub(super) fn stateful_set(inputs: &Inputs<'_>, hash: &str) -> StatefulSet {
                     labels: Some(labels(name)),
                     annotations: Some(
                         [
-                            (labels::CONFIG_HASH.to_owned(), hash.to_owned()),
+                            (labels::RESTART_HASH.to_owned(), restart_hash.to_owned()),
                             ("kubectl.kubernetes.io/default-container".to_owned(), names::CONTAINER.to_owned()),
                         ]
                         .into(),
@@ -116,7 +123,7 @@ fn pod(inputs: &Inputs<'_>) -> PodSpec {
         node_selector: (!node.spec.node_selector.is_empty()).then(|| node.spec.node_selector.clone()),
         tolerations: some(node.spec.tolerations.clone()),
         containers: vec![container(inputs)],
-        volumes: Some(volumes(node)),
+        volumes: Some(volumes(node, inputs.source)),
         ..Default::default()
     }
 }
@@ -178,7 +185,7 @@ fn container(inputs: &Inputs<'_>) -> Container {
         }),
         volume_mounts: Some(vec![
             mount("config", placement::POD_CONFIG, true),
-            mount("tls", placement::POD_TLS, true),
+            mount(TLS_VOLUME, placement::POD_TLS, true),
             mount("token", placement::POD_TOKEN, true),
             mount("run", placement::POD_RUN, false),
         ]),
@@ -216,7 +223,7 @@ fn mount(name: &str, path: &str, read_only: bool) -> VolumeMount {
 }
 
 /// Whole directories, never single files: only those are refreshed in a running pod.
-fn volumes(node: &OverlayNode) -> Vec<Volume> {
+fn volumes(node: &OverlayNode, source: TlsSource) -> Vec<Volume> {
     let secret = |volume: &str, secret: String| Volume {
         name: volume.to_owned(),
         secret: Some(SecretVolumeSource { secret_name: Some(secret), default_mode: Some(0o440), ..Default::default() }),
@@ -228,7 +235,10 @@ fn volumes(node: &OverlayNode) -> Vec<Volume> {
             config_map: Some(ConfigMapVolumeSource { name: names::config_map(node), ..Default::default() }),
             ..Default::default()
         },
-        secret("tls", names::tls_secret(node)),
+        match source {
+            TlsSource::PodCertificate => pod_certificate(node),
+            TlsSource::SelfManaged => secret(TLS_VOLUME, names::tls_secret(node)),
+        },
         secret("token", names::token_secret(node)),
         Volume {
             name: "run".to_owned(),
@@ -239,4 +249,41 @@ fn volumes(node: &OverlayNode) -> Vec<Volume> {
             ..Default::default()
         },
     ]
+}
+
+/// A key that the kubelet makes and a certificate that it asks of our signer, in the pod's
+/// memory; the accepted authorities beside them.
+fn pod_certificate(node: &OverlayNode) -> Volume {
+    let certificate = PodCertificateProjection {
+        signer_name: names::SIGNER.to_owned(),
+        key_type: KEY_TYPE.to_owned(),
+        credential_bundle_path: Some(placement::TLS_BUNDLE.to_owned()),
+        max_expiration_seconds: i32::try_from(LEAF_LIFETIME.as_secs()).ok(),
+        ..Default::default()
+    };
+    let ca = placement::TLS_CA.to_owned();
+    let authorities = ConfigMapProjection {
+        name: names::config_map(node),
+        items: Some(vec![KeyToPath { key: ca.clone(), path: ca, mode: None }]),
+        optional: None,
+    };
+    let sources = vec![
+        VolumeProjection { pod_certificate: Some(certificate), ..Default::default() },
+        VolumeProjection { config_map: Some(authorities), ..Default::default() },
+    ];
+    Volume {
+        name: TLS_VOLUME.to_owned(),
+        projected: Some(ProjectedVolumeSource { default_mode: Some(0o440), sources: Some(sources) }),
+        ..Default::default()
+    }
+}
+
+/// Where the pods of a template have their certificate from.
+#[must_use]
+pub fn source_of(template: &PodTemplateSpec) -> TlsSource {
+    let volumes = template.spec.iter().flat_map(|pod| pod.volumes.iter().flatten());
+    let mut projections =
+        volumes.filter_map(|volume| volume.projected.as_ref()).flat_map(|p| p.sources.iter().flatten());
+    let asks_us = |p: &VolumeProjection| p.pod_certificate.as_ref().is_some_and(|c| c.signer_name == names::SIGNER);
+    if projections.any(asks_us) { TlsSource::PodCertificate } else { TlsSource::SelfManaged }
 }

@@ -32,7 +32,7 @@ use self::output::{Form, Output};
 use self::run::{Goal, Outcome, Run, Signals};
 use self::runtime_dir::RuntimeDir;
 use crate::admit::Admitted;
-use crate::api::OverlayNode;
+use crate::api::{CertificateSource, OverlayNode};
 use crate::build::names;
 
 /// Run the daemons of OverlayNode manifests on this machine, without a cluster.
@@ -115,6 +115,10 @@ pub async fn run(args: Args) -> ExitCode {
 
 async fn run_inner(args: &Args) -> Result<Outcome, LocalError> {
     let admitted = manifests::read(&args.inputs).map_err(LocalError::Manifests)?;
+    let lacking: Vec<String> = admitted.iter().filter_map(|admitted| lacking(&admitted.node)).collect();
+    if !lacking.is_empty() {
+        return Err(LocalError::Manifests(lacking));
+    }
     if args.dry_run {
         let mut out = io::stdout().lock();
         admitted.iter().try_for_each(|admitted| writeln!(out, "{}", good(admitted))).map_err(LocalError::Output)?;
@@ -143,6 +147,17 @@ async fn run_inner(args: &Args) -> Result<Outcome, LocalError> {
     dir.remove()?;
     output.say("stopped", Some(&Event::Stopped));
     Ok(outcome)
+}
+
+/// What a manifest asks for that only a cluster has.
+fn lacking(node: &OverlayNode) -> Option<String> {
+    (node.spec.tls.source == CertificateSource::PodCertificate).then(|| {
+        format!(
+            "OverlayNode {}/{}: spec.tls.source: PodCertificate takes a kubelet, and there is none here: use Auto or SelfManaged",
+            names::namespace(node),
+            names::name(node)
+        )
+    })
 }
 
 fn good(admitted: &Admitted) -> String {

@@ -123,10 +123,15 @@ fn daemon(
         return Err(PlanError::SocketPath { node: shown(), path: placement.socket.display().to_string() });
     }
     let config = build::daemon_config(node, &placement);
-    let peers = build::peers_config(node, identity, ordinal, |other| {
-        // Ordinals are those of `addresses`; another one has no address to give.
-        addresses.get(other as usize).map(|(address, _)| address.to_string()).unwrap_or_default()
-    });
+    let peers = build::peers_config(
+        node,
+        ordinal,
+        |_| identity.clone(),
+        |other| {
+            // Ordinals are those of `addresses`; another one has no address to give.
+            addresses.get(other as usize).map(|(address, _)| address.to_string()).unwrap_or_default()
+        },
+    );
     let unwritable = |error: String| PlanError::Toml { node: shown(), error };
     Ok(Daemon {
         node: index,

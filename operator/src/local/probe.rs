@@ -4,18 +4,13 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::body::Bytes;
-use hyper::client::conn::http1;
-use hyper::header::HOST;
-use hyper::{Request, StatusCode};
-use hyper_util::rt::TokioIo;
+use hyper::StatusCode;
 use serde::Deserialize;
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
 use super::supervise::{Missing, Probe};
+use crate::daemon::get;
 
 /// Between two questions while a daemon is not ready.
 const WHILE_STARTING: Duration = Duration::from_millis(200);
@@ -23,8 +18,6 @@ const WHILE_STARTING: Duration = Duration::from_millis(200);
 const WHILE_READY: Duration = Duration::from_secs(1);
 /// For both answers.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-/// Bytes of one answer.
-const MAX_ANSWER: usize = 4 << 20;
 /// Missing conditions that are told.
 const MAX_MISSING: usize = 16;
 /// The gauge of open sessions.
@@ -51,26 +44,6 @@ async fn ask(admin: SocketAddr) -> Option<Probe> {
         StatusCode::OK => Probe::Ready { sessions },
         _ => Probe::NotReady { missing: missing(&readyz), sessions },
     })
-}
-
-/// One question on a connection of its own: the daemon closes after its answer.
-async fn get(admin: SocketAddr, path: &str) -> Option<(StatusCode, String)> {
-    let stream = TcpStream::connect(admin).await.ok()?;
-    let (mut requests, connection) = http1::handshake(TokioIo::new(stream)).await.ok()?;
-    let request = Request::get(path).header(HOST, admin.to_string()).body(Empty::<Bytes>::new()).ok()?;
-    let answer = async {
-        let answer = requests.send_request(request).await.ok()?;
-        let status = answer.status();
-        let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await.ok()?.to_bytes();
-        Some((status, String::from_utf8_lossy(&body).into_owned()))
-    };
-    tokio::pin!(answer, connection);
-    tokio::select! {
-        biased;
-        answer = &mut answer => answer,
-        // Closed: what was answered is here by now.
-        _ = &mut connection => answer.await,
-    }
 }
 
 /// A `/readyz`, as far as it is looked at.

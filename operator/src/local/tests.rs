@@ -53,3 +53,17 @@ fn wrong_arguments_say_why() {
         assert!(message.contains(part), "{arguments:?}: {message}");
     }
 }
+
+#[test]
+fn only_a_kubelet_gives_pods_certificates() {
+    for (source, refused) in [("Auto", false), ("SelfManaged", false), ("PodCertificate", true)] {
+        let node: OverlayNode = serde_json::from_value(serde_json::json!({
+            "apiVersion": "overlay.rustyonions.io/v1alpha1", "kind": "OverlayNode",
+            "metadata": { "namespace": "a", "name": "mesh" }, "spec": { "tls": { "source": source } },
+        }))
+        .unwrap();
+        let message = lacking(&node);
+        assert_eq!(message.is_some(), refused, "{source}");
+        assert!(message.is_none_or(|m| m.starts_with("OverlayNode a/mesh: spec.tls.source: PodCertificate")));
+    }
+}

@@ -1,15 +1,16 @@
-//! The writes: server-side apply of objects and of the status, and the creation of the
+//! The writes: server-side apply of objects and of statuses, and the creation of the
 //! installation's Secrets. Every mutating request of the operator is sent here and counted;
 //! none is decided here.
 
-use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::api::core::v1::{Pod, Secret};
 use kube::api::{Api, DynamicObject, Patch, PatchParams, PostParams};
-use kube::{Client, Resource};
+use kube::{Client, Resource, ResourceExt};
 use serde_json::{Value, json};
 
 use super::dereference::resource;
 use super::metrics::{Metrics, WriteKind};
 use super::plan::{Kind, Wanted};
+use super::sign::PodCertificateRequest;
 use crate::api::{API_VERSION, KIND, OverlayNode, OverlayNodeStatus};
 use crate::build::{labels, names};
 
@@ -49,6 +50,52 @@ pub(super) async fn status(
     });
     metrics.wrote(WriteKind::Status);
     api.patch_status(name, &params(), &Patch::Apply(&object)).await.map(|_| ())
+}
+
+/// Tells the kubelet of `pod` that something was written for it; refused if another pod has
+/// the name by now.
+///
+/// # Errors
+/// As [`object`].
+pub(super) async fn pod_annotation(
+    client: &Client,
+    metrics: &Metrics,
+    pod: &Pod,
+    hash: &str,
+) -> Result<(), kube::Error> {
+    let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+    let api: Api<Pod> = Api::namespaced(client.clone(), &namespace);
+    let patch = json!({ "metadata": { "uid": pod.meta().uid, "annotations": { labels::CONFIG_HASH: hash } } });
+    let params = PatchParams { field_manager: Some(labels::OPERATOR.to_owned()), ..Default::default() };
+    metrics.wrote(WriteKind::PodAnnotation);
+    match api.patch(&name, &params, &Patch::Merge(&patch)).await {
+        Ok(_) => Ok(()),
+        // It is gone, or another has its name: that one started with what is written.
+        Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Answers a pod's request for a certificate; refused if another request has the name by now.
+///
+/// # Errors
+/// As [`object`].
+pub(super) async fn certificate_request_status(
+    client: &Client,
+    metrics: &Metrics,
+    request: &PodCertificateRequest,
+    status: &Value,
+) -> Result<(), kube::Error> {
+    let (namespace, name) = (request.namespace().unwrap_or_default(), request.name_any());
+    let api: Api<PodCertificateRequest> = Api::namespaced(client.clone(), &namespace);
+    let object = json!({
+        "apiVersion": PodCertificateRequest::api_version(&()),
+        "kind": PodCertificateRequest::kind(&()),
+        "metadata": { "name": name, "uid": request.meta().uid },
+        "status": status,
+    });
+    metrics.wrote(WriteKind::CertificateRequestStatus);
+    api.patch_status(&name, &params(), &Patch::Apply(&object)).await.map(|_| ())
 }
 
 /// Creates a Secret of the installation, and says whether it did: false when there is one.

@@ -11,28 +11,32 @@ use crate::api::OverlayNode;
 
 /// After the first failure.
 const FIRST: Duration = Duration::from_secs(1);
-/// At most: what a person puts right is seen within it.
-const LONGEST: Duration = Duration::from_secs(60);
-
 /// Failures in a row, by OverlayNode. Bounded by the OverlayNodes that there are: those that
 /// are gone leave with the next failure of any other.
-#[derive(Default)]
-pub(super) struct Backoff(Mutex<HashMap<ObjectRef<OverlayNode>, u32>>);
+pub(super) struct Backoff {
+    failures: Mutex<HashMap<ObjectRef<OverlayNode>, u32>>,
+    longest: Duration,
+}
 
 impl Backoff {
+    /// One that waits no longer than `longest`.
+    pub(super) fn new(longest: Duration) -> Self {
+        Self { failures: Mutex::default(), longest }
+    }
+
     /// Counts a failure and says how long to wait.
     pub(super) fn failed(&self, node: &OverlayNode, existing: &Store<OverlayNode>) -> Duration {
-        let mut failures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         failures.retain(|node, _| existing.get(node).is_some());
         let count = failures.entry(ObjectRef::from_obj(node)).or_insert(0);
-        let wait = doubled(FIRST, *count, LONGEST);
+        let wait = doubled(FIRST, *count, self.longest);
         *count = count.saturating_add(1);
         wait
     }
 
     /// Starts over.
     pub(super) fn succeeded(&self, node: &OverlayNode) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&ObjectRef::from_obj(node));
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner).remove(&ObjectRef::from_obj(node));
     }
 }
 
@@ -47,7 +51,8 @@ mod tests {
 
     #[test]
     fn doubles_to_a_minute() {
-        let seconds: Vec<u64> = [0, 1, 2, 5, 6, 31, 32, u32::MAX].map(|n| doubled(FIRST, n, LONGEST).as_secs()).into();
+        let seconds: Vec<u64> =
+            [0, 1, 2, 5, 6, 31, 32, u32::MAX].map(|n| doubled(FIRST, n, Duration::from_secs(60)).as_secs()).into();
         assert_eq!(seconds, [1, 2, 4, 32, 60, 60, 60, 60]);
     }
 
@@ -63,13 +68,13 @@ mod tests {
         for node in [&one, &two] {
             writer.apply_watcher_event(&kube::runtime::watcher::Event::Apply(node.clone()));
         }
-        let backoff = Backoff::default();
+        let backoff = Backoff::new(Duration::from_secs(60));
         assert_eq!([1, 2, 4].map(Duration::from_secs), [(); 3].map(|()| backoff.failed(&one, &store)));
         assert_eq!(backoff.failed(&two, &store), Duration::from_secs(1));
         backoff.succeeded(&one);
         assert_eq!(backoff.failed(&one, &store), Duration::from_secs(1));
         writer.apply_watcher_event(&kube::runtime::watcher::Event::Delete(two.clone()));
         assert_eq!(backoff.failed(&one, &store), Duration::from_secs(2));
-        assert_eq!(backoff.0.lock().unwrap().len(), 1);
+        assert_eq!(backoff.failures.lock().unwrap().len(), 1);
     }
 }

@@ -9,7 +9,7 @@ use overlay_core::grant::Claims;
 use overlay_core::identity::{SpiffeId, TenantId};
 use serde_json::Value;
 
-use crate::build::{self, Credentials};
+use crate::build::{self, Credentials, LeafSecret};
 use crate::trust::{self, Ca, LEAF_LIFETIME, LeafInfo, TOKEN_LIFETIME, TokenRoot, TrustError, renew_at};
 
 /// The keys of an installation.
@@ -68,13 +68,32 @@ pub(super) struct Current {
     pub tokens: Option<Tokens>,
 }
 
+/// The certificates of an OverlayNode's pods.
+pub(super) enum Leaves {
+    /// One for all of them.
+    Shared(Certificate),
+    /// Each pod's own, which the signer issues.
+    PerPod {
+        /// The installation's CA.
+        ca: Vec<u8>,
+        /// NAME-tls still holds the key of one for all, and no pod mounts it any more.
+        leftover: bool,
+    },
+}
+
 /// Both, for the builder.
 #[must_use]
-pub(super) fn credentials(certificate: &Certificate, tokens: &Tokens) -> Credentials {
+pub(super) fn credentials(leaves: &Leaves, tokens: &Tokens) -> Credentials {
+    let (leaf, ca) = match leaves {
+        Leaves::Shared(Certificate { certificate, key, ca, .. }) => {
+            (LeafSecret::Holds { certificate: certificate.clone(), key: key.clone() }, ca)
+        }
+        Leaves::PerPod { ca, leftover: true } => (LeafSecret::Emptied, ca),
+        Leaves::PerPod { ca, leftover: false } => (LeafSecret::Absent, ca),
+    };
     Credentials {
-        certificate: certificate.certificate.clone(),
-        key: certificate.key.clone(),
-        ca: certificate.ca.clone(),
+        leaf,
+        ca: ca.clone(),
         token_keys: tokens.keys.clone(),
         peer_token: tokens.peer.clone(),
         local_token: tokens.local.clone(),
@@ -88,6 +107,16 @@ pub(super) fn current(standing: &Standing, of: &Installation, subject: Subject<'
         certificate: standing.tls.as_ref().and_then(|s| current_certificate(s, &of.ca, subject.id, now)),
         tokens: standing.token.as_ref().and_then(|s| current_tokens(s, &of.tokens, subject, now)),
     }
+}
+
+/// Whether NAME-tls of the OverlayNode with this UID holds a private key.
+#[must_use]
+pub(super) fn holds_key(standing: &Standing, uid: &str) -> bool {
+    standing.tls.as_ref().is_some_and(|secret| {
+        let owners = secret.metadata.owner_references.iter().flatten();
+        let ours = owners.into_iter().any(|owner| owner.controller == Some(true) && owner.uid == uid);
+        ours && bytes(secret, build::TLS_KEY).is_some_and(|key| !key.is_empty())
+    })
 }
 
 fn bytes<'a>(secret: &'a Secret, key: &str) -> Option<&'a [u8]> {

@@ -56,6 +56,12 @@ impl Caches {
         self.stateful_sets.get(&ObjectRef::new(name).within(namespace))
     }
 
+    /// The ConfigMap of that name.
+    #[must_use]
+    pub(super) fn config_map(&self, namespace: &str, name: &str) -> Option<std::sync::Arc<ConfigMap>> {
+        self.config_maps.get(&ObjectRef::new(name).within(namespace))
+    }
+
     /// Whether any OverlayNode says that it has a certificate of this installation.
     #[must_use]
     pub(super) fn any_has_certificate(&self) -> bool {

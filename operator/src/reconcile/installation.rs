@@ -76,6 +76,21 @@ impl Store {
         Err(Problem { reason: Reason::ApplyFailed, message })
     }
 
+    /// The keys as [`Self::load`] gives them, but none are made.
+    ///
+    /// # Errors
+    /// They are missing or damaged, or the API server cannot be asked.
+    pub(super) async fn existing(&self, max_age: Duration) -> Result<Arc<Installation>, Problem> {
+        if let Some(loaded) = self.recent(max_age) {
+            return Ok(loaded);
+        }
+        let ca = self.read(names::CA_SECRET).await?.ok_or_else(|| self.missing(names::CA_SECRET))?;
+        let root = self.read(names::TOKEN_ROOT_SECRET).await?.ok_or_else(|| self.missing(names::TOKEN_ROOT_SECRET))?;
+        let installation = Arc::new(self.parse(&ca, &root)?);
+        *self.loaded.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), installation.clone()));
+        Ok(installation)
+    }
+
     fn recent(&self, max_age: Duration) -> Option<Arc<Installation>> {
         let loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         loaded.as_ref().filter(|(at, _)| at.elapsed() < max_age).map(|(_, installation)| installation.clone())

@@ -16,6 +16,10 @@ pub(super) enum WriteKind {
     Object(Kind),
     /// The status of an OverlayNode.
     Status,
+    /// The answer to a pod's request for a certificate.
+    CertificateRequestStatus,
+    /// The annotation of a pod that has its volumes refreshed.
+    PodAnnotation,
 }
 
 impl WriteKind {
@@ -25,6 +29,8 @@ impl WriteKind {
         match self {
             Self::Object(kind) => kind.as_str(),
             Self::Status => "OverlayNodeStatus",
+            Self::CertificateRequestStatus => "PodCertificateRequestStatus",
+            Self::PodAnnotation => "PodAnnotation",
         }
     }
 }
@@ -52,12 +58,36 @@ impl Ended {
     }
 }
 
+/// What became of a pod's request for a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// It was signed.
+    Issued,
+    /// It was refused for good.
+    Denied,
+    /// It could not be answered, and is looked at again.
+    Failed,
+}
+
+impl Answer {
+    const ALL: [Self; 3] = [Self::Issued, Self::Denied, Self::Failed];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Issued => "issued",
+            Self::Denied => "denied",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 /// The operator's metrics, registered once. Handles are resolved here, so that every series
 /// is there from the start.
 pub(super) struct Metrics {
     registry: Registry,
     writes: Vec<(WriteKind, IntCounter)>,
     reconciles: Vec<(Ended, IntCounter)>,
+    answers: Vec<(Answer, IntCounter)>,
     /// Seconds that one reconciliation took.
     duration: Histogram,
     /// Leaf certificates issued.
@@ -89,6 +119,13 @@ impl Metrics {
             Opts::new("overlay_operator_reconciles_total", "Reconciliations, by how they ended."),
             &["result"],
         )?;
+        let answers = IntCounterVec::new(
+            Opts::new(
+                "overlay_operator_certificate_requests_total",
+                "Looks at the certificate requests of pods, by what came of them; failed ones are looked at again.",
+            ),
+            &["result"],
+        )?;
         let duration = Histogram::with_opts(
             HistogramOpts::new("overlay_operator_reconcile_duration_seconds", "Time that a reconciliation took.")
                 .buckets(vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]),
@@ -103,10 +140,11 @@ impl Metrics {
             writes: Kind::ALL
                 .into_iter()
                 .map(WriteKind::Object)
-                .chain([WriteKind::Status])
+                .chain([WriteKind::Status, WriteKind::CertificateRequestStatus, WriteKind::PodAnnotation])
                 .map(|kind| (kind, writes.with_label_values(&[kind.as_str()])))
                 .collect(),
             reconciles: Ended::ALL.into_iter().map(|e| (e, reconciles.with_label_values(&[e.as_str()]))).collect(),
+            answers: Answer::ALL.into_iter().map(|a| (a, answers.with_label_values(&[a.as_str()]))).collect(),
             duration,
             certificates: counter("overlay_operator_certificates_issued_total", "Leaf certificates issued.")?,
             tokens: counter("overlay_operator_tokens_issued_total", "Sets of capability tokens issued.")?,
@@ -119,9 +157,10 @@ impl Metrics {
             )?,
             registry,
         };
-        let all: [Box<dyn Collector>; 10] = [
+        let all: [Box<dyn Collector>; 11] = [
             Box::new(writes),
             Box::new(reconciles),
+            Box::new(answers),
             Box::new(metrics.duration.clone()),
             Box::new(info),
             Box::new(metrics.certificates.clone()),
@@ -140,6 +179,13 @@ impl Metrics {
     /// One mutating request is about to be sent.
     pub(super) fn wrote(&self, kind: WriteKind) {
         if let Some((_, counter)) = self.writes.iter().find(|(k, _)| *k == kind) {
+            counter.inc();
+        }
+    }
+
+    /// One look at a pod's request is over.
+    pub(super) fn answered(&self, answer: Answer) {
+        if let Some((_, counter)) = self.answers.iter().find(|(a, _)| *a == answer) {
             counter.inc();
         }
     }
@@ -185,6 +231,7 @@ mod tests {
             "overlay_operator_watch_errors_total 0",
             "overlay_operator_leader 0",
             "overlay_operator_writes_refused_total 0",
+            "overlay_operator_certificate_requests_total{result=\"denied\"} 0",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
         }

@@ -15,8 +15,15 @@
 //! | core | `services` | get, list, watch, create, patch | NAME, NAME-peers |
 //! | core | `serviceaccounts` | get, list, watch, create, patch | NAME |
 //! | core | `secrets` | get, create, patch | NAME-tls, NAME-token: read by name, never listed or watched |
-//! | core | `pods` | list | why daemons are not ready, only while they are not |
-//! | core | `events` | list | as pods, and why pods are refused |
+//! | core | `pods` | get, list, patch | whether a pod that asks for a certificate is an OverlayNode's; why daemons are not ready, only while they are not; an annotation that has the kubelet refresh a changed configuration |
+//! | core | `events` | list | why daemons are not ready, and why pods are refused |
+//! | core | `nodes` | list | whether every kubelet is new enough to ask |
+//! | `certificates.k8s.io` | `podcertificaterequests` | get, list, watch | what pods ask for |
+//! | `certificates.k8s.io` | `podcertificaterequests/status` | patch | the answers |
+//! | `certificates.k8s.io` | `signers`, limited by `resourceNames` to `overlay.rustyonions.io/mesh` | sign | to answer as that signer |
+//!
+//! Whether it may sign, it asks by a SelfSubjectAccessReview, which every authenticated user may
+//! create and which is not kept.
 //!
 //! In the operator's own namespace (Role): core `secrets` get, limited by `resourceNames` to
 //! `overlay-ca` and `overlay-token-root`, and `create`, which cannot be limited by name. The
@@ -33,6 +40,8 @@ mod admin;
 mod apply;
 mod backoff;
 mod causes;
+mod choice;
+mod cluster;
 mod credentials;
 mod dereference;
 mod installation;
@@ -43,8 +52,11 @@ mod node;
 mod plan;
 mod pods;
 mod quantity;
+mod rollout;
 mod serve;
 mod shortage;
+mod sign;
+mod source;
 mod status;
 mod watch;
 
@@ -77,6 +89,10 @@ use node::Context;
 const RESYNC: Duration = Duration::from_secs(300);
 /// By up to this much less, so that a thousand of them are not looked at at once.
 const RESYNC_SPREAD: Duration = Duration::from_secs(60);
+/// After failures: what a person puts right is seen within it.
+const LONGEST_RETRY: Duration = Duration::from_secs(60);
+/// Between two looks at what daemons run, while not all run what they are to.
+const LONGEST_ROLLOUT_LOOK: Duration = Duration::from_secs(30);
 /// OverlayNodes reconciled at once: enough to hide the API server's latency.
 const CONCURRENCY: u16 = 16;
 /// Events of one OverlayNode within this time are one reconciliation.
@@ -316,23 +332,33 @@ struct Shared {
     backoff: Backoff,
 }
 
-/// Watches and reconciles until `stop`.
+/// Watches, reconciles and signs until `stop`.
 async fn control(client: Client, args: Args, metrics: Arc<Metrics>, health: Arc<Health>, stop: CancellationToken) {
     let (watches, caches) = watch::watches(&client, &health, &metrics);
+    let installation = Arc::new(installation::Store::new(client.clone(), args.namespace, metrics.clone()));
+    let signer = sign::Signer {
+        client: client.clone(),
+        trust_domain: args.trust_domain.clone(),
+        installation: installation.clone(),
+        metrics: metrics.clone(),
+    };
+    let signer = sign::run(signer, stop.clone());
     let shared = Arc::new(Shared {
         node: Context {
             client: client.clone(),
             trust_domain: args.trust_domain,
             daemon_image: args.daemon_image,
             daemon_pull_policy: args.daemon_image_pull_policy,
-            installation: installation::Store::new(client, args.namespace, metrics.clone()),
+            installation,
+            cluster: cluster::Capabilities::new(client),
             caches,
             metrics,
             shortages: shortage::Shortages::default(),
+            rollouts: Backoff::new(LONGEST_ROLLOUT_LOOK),
         },
-        backoff: Backoff::default(),
+        backoff: Backoff::new(LONGEST_RETRY),
     });
-    Controller::for_stream(watches.nodes, shared.node.caches.nodes.clone())
+    let controller = Controller::for_stream(watches.nodes, shared.node.caches.nodes.clone())
         .with_config(controller::Config::default().concurrency(CONCURRENCY).debounce(DEBOUNCE))
         .owns_stream(watches.stateful_sets)
         .owns_stream(watches.config_maps)
@@ -348,8 +374,9 @@ async fn control(client: Client, args: Args, metrics: Arc<Metrics>, health: Arc<
                 Err(controller::Error::ObjectNotFound(_)) => {}
                 Err(error) => tracing::warn!(%error, "the controller"),
             }
-        })
-        .await;
+        });
+    // Both end by `stop` alone.
+    futures::join!(controller, signer);
 }
 
 async fn reconcile(node: Arc<OverlayNode>, shared: Arc<Shared>) -> Result<Action, kube::Error> {

@@ -14,12 +14,16 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::apply;
-use super::credentials::{self, Certificate, Current, Standing, Subject, Tokens};
+use super::backoff::Backoff;
+use super::choice::{choose_source, dereference_set, names_pods, rolled_out};
+use super::cluster::Capabilities;
+use super::credentials::{self, Current, Installation, Leaves, Standing, Subject, Tokens};
 use super::dereference::{self, Caches};
 use super::installation::{self, TO_COMPARE, TO_ISSUE};
 use super::look;
 use super::metrics::Metrics;
 use super::plan::{self, Kind, Obstacle, Owner, Wanted};
+use super::rollout::{self, Plan, Rollout};
 use super::shortage::Shortages;
 use super::status::{self, Built, Facts, Pods, Problem, Reason};
 use crate::api::{OverlayNode, OverlayNodeStatus, PullPolicy, TlsSource, TlsStatus};
@@ -38,11 +42,15 @@ pub(super) struct Context {
     /// What is watched.
     pub caches: Caches,
     /// The installation's keys.
-    pub installation: installation::Store,
+    pub installation: Arc<installation::Store>,
+    /// What the cluster can do.
+    pub cluster: Capabilities,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// OverlayNodes whose daemons are not all ready.
     pub shortages: Shortages,
+    /// OverlayNodes whose daemons do not all run what was written for them.
+    pub rollouts: Backoff,
 }
 
 /// How it went.
@@ -57,7 +65,9 @@ pub(super) struct Outcome {
 
 /// A spec that can be carried out.
 struct Valid {
+    uid: String,
     identity: SpiffeId,
+    source: TlsSource,
     config: DaemonConfig,
     peers: Vec<PeersConfig>,
     image: String,
@@ -70,7 +80,9 @@ struct Progress {
     built: Option<Built>,
     renewal: Option<Duration>,
     cause: Option<Problem>,
-    look: Option<Duration>,
+    /// What the daemons are to run, and how far they are, where that is not confirmed yet.
+    plan: Option<Plan>,
+    rollout: Option<Rollout>,
 }
 
 /// Brings about what `node` says, and reports it in its status.
@@ -88,32 +100,58 @@ pub(super) async fn reconcile(context: &Context, node: &OverlayNode) -> Result<O
         tracing::warn!(namespace, name, reason = problem.reason.as_str(), "{}", problem.message);
     }
     let look = look::explain(context, node, progress.pods, problem.is_some()).await;
-    (progress.cause, progress.look) = (look.cause, look.again);
-    let (renewal, look) = (progress.renewal, progress.look);
+    progress.cause = look.cause;
+    let again = if problem.is_none() { roll_out(context, node, &mut progress).await } else { None };
+    let (renewal, look) = (progress.renewal, [look.again, again].into_iter().flatten().min());
     report(context, node, progress, problem.clone()).await?;
     Ok(Outcome { problem, renewal, look })
 }
 
 async fn carry_out(context: &Context, node: &OverlayNode, progress: &mut Progress) -> Result<(), Problem> {
     let standing = dereference_secrets(context, node).await?;
-    let valid = validate(context, node)?;
+    let set = dereference_set(context, node).await?;
+    let source = choose_source(context, node, set.as_deref()).await?;
+    let valid = validate(context, node, source, set.as_deref())?;
     let now = SystemTime::now();
-    let (certificate, tokens) = credentials_for(context, &standing, &valid, now).await?;
-    let due = certificate.renew_at.min(tokens.renew_at);
+    let (leaves, tokens) = credentials_for(context, &standing, &valid, rolled_out(source, set.as_deref()), now).await?;
+    let due = match &leaves {
+        Leaves::Shared(certificate) => certificate.renew_at.min(tokens.renew_at),
+        Leaves::PerPod { .. } => tokens.renew_at,
+    };
     progress.renewal = Some(due.duration_since(now).unwrap_or_default());
-    let credentials = credentials::credentials(&certificate, &tokens);
+    let credentials = credentials::credentials(&leaves, &tokens);
     let inputs = Inputs {
         node,
         config: &valid.config,
         peers: &valid.peers,
         image: &valid.image,
         pull_policy: build::pull_policy(node, context.daemon_pull_policy),
+        source,
         credentials: &credentials,
     };
-    progress.built = Some(built(node, &valid, &certificate)?);
+    progress.built = Some(built(node, &valid, &leaves)?);
+    progress.plan = Some(Plan::of(&valid.config, &valid.peers).map_err(|e| unbuildable(&e))?);
     let objects = build::objects(&inputs).map_err(|error| unbuildable(&error))?;
     let wanted = wanted(&objects)?;
     apply_all(context, node, &standing, &wanted, progress).await
+}
+
+/// Sees to it that running daemons take up what was written, unless they are known to. Says in
+/// how long to look again.
+async fn roll_out(context: &Context, node: &OverlayNode, progress: &mut Progress) -> Option<Duration> {
+    let plan = progress.plan.as_ref()?;
+    let status = node.status.as_ref();
+    if status.is_some_and(|status| status.running_hash.as_ref() == Some(&plan.hash())) {
+        context.rollouts.succeeded(node);
+        return None;
+    }
+    if status.is_none_or(|status| status.observed_generation != node.metadata.generation) {
+        context.rollouts.succeeded(node); // another spec: looked at as often as a new one
+    }
+    let rollout = rollout::look(context, node, plan).await;
+    let again = (!rollout.is_complete()).then(|| context.rollouts.failed(node, &context.caches.nodes));
+    progress.rollout = Some(rollout);
+    again
 }
 
 async fn dereference_secrets(context: &Context, node: &OverlayNode) -> Result<Standing, Problem> {
@@ -127,18 +165,38 @@ async fn dereference_secrets(context: &Context, node: &OverlayNode) -> Result<St
 
 /// The schema and its rules were checked when the spec was stored, perhaps under an older
 /// schema: what pods would fail on is caught here, before they are rolled.
-fn validate(context: &Context, node: &OverlayNode) -> Result<Valid, Problem> {
+fn validate(
+    context: &Context,
+    node: &OverlayNode,
+    source: TlsSource,
+    set: Option<&StatefulSet>,
+) -> Result<Valid, Problem> {
     let identity = names::identity(node, &context.trust_domain).map_err(|e| invalid(&e))?;
-    let config = build::daemon_config(node, &Placement::pod(node));
+    let config = build::daemon_config(node, &Placement::pod(node, source));
     let text = config.to_toml().map_err(|e| invalid(&e))?;
     if let Err(errors) = config::daemon(&text) {
         let all: Vec<String> = errors.iter().map(ToString::to_string).collect();
         return Err(invalid(&all.join("; ")));
     }
-    let address = |ordinal| names::pod_address(node, ordinal);
+    let standing = context.caches.config_map(names::namespace(node), &names::config_map(node));
+    let per_pod = names_pods(source, set, standing.as_deref());
     let ordinals = 0..names::replicas(node);
-    let peers = ordinals.map(|ordinal| build::peers_config(node, &identity, ordinal, address)).collect();
-    Ok(Valid { identity, config, peers, image: build::image(node, &context.daemon_image) })
+    let identities = ordinals.clone().map(|ordinal| match per_pod {
+        true => identity.pod(&names::daemon(node, ordinal)),
+        false => Ok(identity.clone()),
+    });
+    let identities: Vec<SpiffeId> = identities.collect::<Result<_, _>>().map_err(|e| invalid(&e))?;
+    let identity_of = |ordinal: u32| identities.get(ordinal as usize).unwrap_or(&identity).clone();
+    let address = |ordinal| names::pod_address(node, ordinal);
+    let peers = ordinals.map(|ordinal| build::peers_config(node, ordinal, identity_of, address)).collect();
+    Ok(Valid {
+        uid: node.uid().unwrap_or_default(),
+        identity,
+        source,
+        config,
+        peers,
+        image: build::image(node, &context.daemon_image),
+    })
 }
 
 /// What stands, as far as it is good; for the rest, issued with keys just read.
@@ -146,23 +204,32 @@ async fn credentials_for(
     context: &Context,
     standing: &Standing,
     valid: &Valid,
+    rolled_out: bool,
     now: SystemTime,
-) -> Result<(Certificate, Tokens), Problem> {
+) -> Result<(Leaves, Tokens), Problem> {
     let subject = Subject { id: &valid.identity, tenants: &valid.config.overlay.tenants };
+    let per_pod = |keys: &Installation| {
+        let leftover = rolled_out && credentials::holds_key(standing, &valid.uid);
+        Leaves::PerPod { ca: keys.ca.cert_pem().into(), leftover }
+    };
+    let shared = valid.source == TlsSource::SelfManaged;
     let keys = context.installation.load(&context.caches, TO_COMPARE).await?;
-    if let Current { certificate: Some(certificate), tokens: Some(tokens) } =
-        credentials::current(standing, &keys, subject, now)
-    {
-        return Ok((certificate, tokens));
+    match credentials::current(standing, &keys, subject, now) {
+        Current { tokens: Some(tokens), .. } if !shared => return Ok((per_pod(&keys), tokens)),
+        Current { certificate: Some(certificate), tokens: Some(tokens) } => {
+            return Ok((Leaves::Shared(certificate), tokens));
+        }
+        _ => {}
     }
     let keys = context.installation.load(&context.caches, TO_ISSUE).await?;
     let current = credentials::current(standing, &keys, subject, now);
     let broken = |error: crate::trust::TrustError| Problem { reason: Reason::CaInvalid, message: error.to_string() };
-    let certificate = match current.certificate {
-        Some(certificate) => certificate,
+    let leaves = match current.certificate {
+        _ if !shared => per_pod(&keys),
+        Some(certificate) => Leaves::Shared(certificate),
         None => {
             context.metrics.certificates.inc();
-            credentials::issue_certificate(&keys.ca, subject.id, now).map_err(broken)?
+            Leaves::Shared(credentials::issue_certificate(&keys.ca, subject.id, now).map_err(broken)?)
         }
     };
     let tokens = match current.tokens {
@@ -172,18 +239,23 @@ async fn credentials_for(
             credentials::issue_tokens(&keys.tokens, subject, now).map_err(broken)?
         }
     };
-    Ok((certificate, tokens))
+    Ok((leaves, tokens))
 }
 
-fn built(node: &OverlayNode, valid: &Valid, certificate: &Certificate) -> Result<Built, Problem> {
+fn built(node: &OverlayNode, valid: &Valid, leaves: &Leaves) -> Result<Built, Problem> {
+    let shared = match leaves {
+        Leaves::Shared(certificate) => Some(certificate),
+        Leaves::PerPod { .. } => None,
+    };
     Ok(Built {
         selector: labels::selector_text(names::name(node)),
         config_hash: valid.config.hash().map_err(|e| invalid(&e))?,
+        running_hash: Plan::of(&valid.config, &valid.peers).map_err(|e| unbuildable(&e))?.hash(),
         effective: build::effective(node, Some(valid.image.clone())),
         tls: TlsStatus {
-            source: TlsSource::SelfManaged,
-            not_after: Timestamp::try_from(certificate.not_after).ok().map(Time),
-            secret_name: Some(names::tls_secret(node)),
+            source: valid.source,
+            not_after: shared.and_then(|certificate| Timestamp::try_from(certificate.not_after).ok()).map(Time),
+            secret_name: shared.map(|_| names::tls_secret(node)),
         },
     })
 }
@@ -194,15 +266,15 @@ fn wanted(objects: &Objects) -> Result<Vec<Wanted>, Problem> {
         let value = serde_json::to_value(object).map_err(|e| invalid(&e))?;
         Ok(Wanted::new(kind, object.name_any(), value))
     }
-    Ok(vec![
-        one(Kind::ServiceAccount, &objects.service_account)?,
-        one(Kind::Secret, &objects.tls)?,
-        one(Kind::Secret, &objects.token)?,
-        one(Kind::ConfigMap, &objects.config)?,
-        one(Kind::Service, &objects.peers)?,
-        one(Kind::Service, &objects.client)?,
-        one(Kind::StatefulSet, &objects.stateful_set)?,
-    ])
+    let tls = objects.tls.as_ref().map(|tls| one(Kind::Secret, tls));
+    let rest = [
+        one(Kind::Secret, &objects.token),
+        one(Kind::ConfigMap, &objects.config),
+        one(Kind::Service, &objects.peers),
+        one(Kind::Service, &objects.client),
+        one(Kind::StatefulSet, &objects.stateful_set),
+    ];
+    [one(Kind::ServiceAccount, &objects.service_account)].into_iter().chain(tls).chain(rest).collect()
 }
 
 /// Sends what differs. The caches only say whether there may be something to do.
@@ -280,6 +352,7 @@ async fn report(
         built: progress.built,
         problem,
         cause: progress.cause,
+        rollout: progress.rollout,
         now: Timestamp::now(),
     };
     if node.status.as_ref() == Some(&status::status(&facts)) {
@@ -338,7 +411,8 @@ fn blocked(obstacles: Vec<Obstacle>) -> Problem {
     Problem { reason: Reason::NameConflict, message }
 }
 
-fn refused(kind: Kind, name: &str, error: &kube::Error) -> Problem {
+/// What to say of a request about an object that the API server refused.
+pub(super) fn refused(kind: Kind, name: &str, error: &kube::Error) -> Problem {
     let for_good = matches!(error, kube::Error::Api(status) if status.is_invalid());
     let reason = if for_good { Reason::Rejected } else { Reason::ApplyFailed };
     Problem { reason, message: format!("{kind} {name}: {}", explain(error)) }

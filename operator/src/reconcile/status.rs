@@ -6,10 +6,13 @@ use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 
-use crate::api::{Effective, OverlayNodeStatus, TlsStatus};
+use super::rollout::Rollout;
+use crate::api::{Effective, OverlayNodeStatus, TlsSource, TlsStatus};
 
 /// Longest message that is kept of what others say: the API server's errors can be pages.
 const MAX_MESSAGE: usize = 1_024;
+/// Pods that a message names.
+const MAX_NAMED: usize = 5;
 
 /// Why things are as they are: the reasons of conditions, a closed set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +23,10 @@ pub(super) enum Reason {
     ScaledToZero,
     /// Pods are being made, or rolled.
     Progressing,
+    /// All are ready, and some do not run yet what was written for them.
+    ConfigPending,
+    /// As that, and the operator cannot ask them.
+    DaemonUnreachable,
     /// All were ready, and some no longer are.
     DaemonsNotReady,
     /// A child's name is somebody else's.
@@ -34,6 +41,8 @@ pub(super) enum Reason {
     CaMissing,
     /// The installation's CA or token root cannot be read.
     CaInvalid,
+    /// The cluster lacks what the spec asks for.
+    UnsupportedCluster,
     /// The API server refused an object for good.
     Rejected,
     /// The API server could not be asked, or refused for now.
@@ -72,6 +81,8 @@ impl Reason {
             Self::AllReady => "AllReady",
             Self::ScaledToZero => "ScaledToZero",
             Self::Progressing => "Progressing",
+            Self::ConfigPending => "ConfigPending",
+            Self::DaemonUnreachable => "DaemonUnreachable",
             Self::DaemonsNotReady => "DaemonsNotReady",
             Self::NameConflict => "NameConflict",
             Self::AwaitingCollection => "AwaitingCollection",
@@ -79,6 +90,7 @@ impl Reason {
             Self::InvalidSpec => "InvalidSpec",
             Self::CaMissing => "CAMissing",
             Self::CaInvalid => "CAInvalid",
+            Self::UnsupportedCluster => "UnsupportedCluster",
             Self::Rejected => "Rejected",
             Self::ApplyFailed => "ApplyFailed",
             Self::ImagePullFailed => "ImagePullFailed",
@@ -106,6 +118,7 @@ impl Reason {
                 | Self::InvalidSpec
                 | Self::CaMissing
                 | Self::CaInvalid
+                | Self::UnsupportedCluster
                 | Self::Rejected
         )
     }
@@ -159,6 +172,8 @@ pub(super) struct Built {
     pub selector: String,
     /// The configuration's hash.
     pub config_hash: String,
+    /// The hash of it and of every peers file.
+    pub running_hash: String,
     /// Values in force.
     pub effective: Effective,
     /// The certificate.
@@ -181,6 +196,8 @@ pub(super) struct Facts<'a> {
     pub problem: Option<Problem>,
     /// Why daemons are not ready, where pods or events tell.
     pub cause: Option<Problem>,
+    /// How far the daemons are with what was written; none where they are known to run it.
+    pub rollout: Option<Rollout>,
     /// The time.
     pub now: Timestamp,
 }
@@ -225,6 +242,9 @@ pub(super) fn status(facts: &Facts<'_>) -> OverlayNodeStatus {
         // What is not applied is not what runs: hash and certificate stay what they were.
         if facts.problem.is_none() {
             status.config_hash = Some(built.config_hash.clone());
+            if !is_pending(facts) {
+                status.running_hash = Some(built.running_hash.clone());
+            }
             status.tls = Some(built.tls.clone());
         }
     }
@@ -261,6 +281,27 @@ pub(super) fn clip_to(mut message: String, max: usize) -> String {
         message.push('…');
     }
     message
+}
+
+/// Whether some daemon does not run yet what was written for it.
+fn is_pending(facts: &Facts<'_>) -> bool {
+    facts.rollout.as_ref().is_some_and(|rollout| !rollout.is_complete())
+}
+
+/// What to say of daemons that are all ready, and do not all run what they are to.
+fn pending(facts: &Facts<'_>) -> Option<(Reason, String)> {
+    let rollout = facts.rollout.as_ref().filter(|rollout| !rollout.is_complete())?;
+    let running = format!("{} of {} daemons run the new configuration", rollout.current, rollout.wanted);
+    let silent = rollout.silent.iter().take(MAX_NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
+    Some(match rollout.silent.len() {
+        0 => (Reason::ConfigPending, running),
+        _ => (
+            Reason::DaemonUnreachable,
+            format!(
+                "{running}; the operator gets no answer from port overlay-admin of {silent}: does a NetworkPolicy keep it out?"
+            ),
+        ),
+    })
 }
 
 fn complete(facts: &Facts<'_>) -> bool {
@@ -305,6 +346,8 @@ fn ready(facts: &Facts<'_>) -> Option<Verdict> {
         Verdict::no(problem.reason, problem.message.clone())
     } else if complete(facts) && facts.wanted == 0 {
         Verdict::yes(Reason::ScaledToZero, "no daemons are wanted")
+    } else if let (true, Some((reason, message))) = (complete(facts), pending(facts)) {
+        Verdict::no(reason, message)
     } else if complete(facts) {
         Verdict::yes(Reason::AllReady, count(facts))
     } else if lost(facts) {
@@ -320,6 +363,10 @@ fn reconciling(facts: &Facts<'_>) -> Option<Verdict> {
     Some(match &facts.problem {
         Some(problem) if problem.reason.is_stall() => Verdict::no(problem.reason, ""),
         Some(problem) => Verdict::yes(problem.reason, problem.message.clone()),
+        None if complete(facts) && is_pending(facts) => {
+            let (reason, message) = pending(facts).unwrap_or((Reason::ConfigPending, String::new()));
+            Verdict::yes(reason, message)
+        }
         None if complete(facts) || lost(facts) => Verdict::no(Reason::UpToDate, ""),
         None => {
             let (reason, message) = explained(facts, Reason::Progressing, progress(facts));
@@ -355,7 +402,13 @@ fn trust_ready(facts: &Facts<'_>) -> Option<Verdict> {
         }
         (None, Some(built)) => {
             let secret = built.tls.secret_name.as_deref().unwrap_or_default();
-            Some(Verdict::yes(Reason::Issued, format!("certificate in Secret {secret} and tokens are current")))
+            let message = match built.tls.source {
+                TlsSource::PodCertificate => {
+                    "each pod is issued a certificate of its own when it asks, and tokens are current".to_owned()
+                }
+                TlsSource::SelfManaged => format!("certificate in Secret {secret} and tokens are current"),
+            };
+            Some(Verdict::yes(Reason::Issued, message))
         }
         // Some other problem says nothing about trust: what stood stands.
         _ => find(facts.previous, "TrustReady").map(|c| Verdict {

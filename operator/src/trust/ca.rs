@@ -7,14 +7,14 @@ use overlay_core::identity::SpiffeId;
 use rcgen::string::Ia5String;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PKCS_ED25519, SanType,
+    KeyUsagePurpose, PKCS_ED25519, PublicKeyData, SanType,
 };
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::pem::{Pem, parse_x509_pem};
 use zeroize::Zeroizing;
 
-use super::{CA_LIFETIME, TrustError};
+use super::{CA_LIFETIME, RequestedKey, TrustError};
 
 /// How far a certificate's validity reaches back, for clocks that are behind.
 const BACKDATE: Duration = Duration::from_secs(60);
@@ -41,6 +41,17 @@ pub struct Leaf {
     pub cert_pem: String,
     /// The private key, PKCS #8.
     pub key_pem: Zeroizing<String>,
+    /// When it expires.
+    pub not_after: SystemTime,
+}
+
+/// A leaf certificate for a key that somebody else holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeafCertificate {
+    /// The certificate.
+    pub cert_pem: String,
+    /// When it begins.
+    pub not_before: SystemTime,
     /// When it expires.
     pub not_after: SystemTime,
 }
@@ -110,11 +121,40 @@ impl Ca {
     /// # Errors
     /// The system gives no randomness, or the authority's certificate is damaged.
     pub fn issue_leaf(&self, id: &SpiffeId, now: SystemTime, lifetime: Duration) -> Result<Leaf, TrustError> {
-        const WHAT: &str = "issuing a leaf certificate";
         let key = new_key("generating a leaf's key")?;
         let not_after = whole_seconds(now + lifetime);
+        let cert_pem = self.sign(&*key, id, now - BACKDATE, not_after)?;
+        Ok(Leaf { cert_pem, key_pem: Zeroizing::new(key.serialize_pem()), not_after })
+    }
+
+    /// A certificate for a key that its holder keeps. From its beginning, which lies a little
+    /// before `now`, to its end it spans `lifetime` and no more.
+    ///
+    /// # Errors
+    /// The authority's certificate is damaged.
+    pub fn issue_for(
+        &self,
+        key: &RequestedKey,
+        id: &SpiffeId,
+        now: SystemTime,
+        lifetime: Duration,
+    ) -> Result<LeafCertificate, TrustError> {
+        let not_before = whole_seconds(now - BACKDATE);
+        let not_after = whole_seconds(not_before + lifetime);
+        let cert_pem = self.sign(&key.0, id, not_before, not_after)?;
+        Ok(LeafCertificate { cert_pem, not_before, not_after })
+    }
+
+    fn sign(
+        &self,
+        key: &impl PublicKeyData,
+        id: &SpiffeId,
+        not_before: SystemTime,
+        not_after: SystemTime,
+    ) -> Result<String, TrustError> {
+        const WHAT: &str = "issuing a leaf certificate";
         let mut params = CertificateParams::default();
-        params.not_before = (now - BACKDATE).into();
+        params.not_before = not_before.into();
         params.not_after = not_after.into();
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = vec![SanType::URI(Ia5String::try_from(id.as_str()).map_err(failed(WHAT))?)];
@@ -122,8 +162,7 @@ impl Ca {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
         let issuer = Issuer::from_ca_cert_pem(&self.cert_pem, &*self.key).map_err(failed(WHAT))?;
-        let cert = params.signed_by(&*key, &issuer).map_err(failed(WHAT))?;
-        Ok(Leaf { cert_pem: cert.pem(), key_pem: Zeroizing::new(key.serialize_pem()), not_after })
+        Ok(params.signed_by(key, &issuer).map_err(failed(WHAT))?.pem())
     }
 
     /// Whether this authority signed the certificate.

@@ -6,11 +6,13 @@
 //! would, and zero it when they go.
 
 mod ca;
+mod request;
 mod token;
 
 use std::time::{Duration, SystemTime};
 
-pub use ca::{Ca, CaPem, Leaf, LeafInfo};
+pub use ca::{Ca, CaPem, Leaf, LeafCertificate, LeafInfo};
+pub use request::{RequestError, RequestedKey};
 pub use token::{EVERY_TOPIC, TokenRoot, local_claims, peer_claims};
 pub use zeroize::Zeroizing;
 

@@ -153,3 +153,31 @@ fn no_private_key_is_ever_printed() {
     let bad = Ca::from_pem(&kept.cert, &kept.key[..kept.key.len() / 2]).unwrap_err();
     assert!(!format!("{bad} {bad:?}").contains(kept.key.lines().nth(1).unwrap()));
 }
+
+/// A request as the kubelet makes it: a key, its signature, nothing else.
+fn request_of(key: &rcgen::KeyPair) -> Vec<u8> {
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.serialize_request(key).unwrap().der().to_vec()
+}
+
+/// The certificate is for the key that was asked for, and spans no more than was asked.
+#[test]
+fn a_leaf_for_a_key_that_another_holds() {
+    let ca = Ca::generate(now()).unwrap();
+    let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+    let requested = RequestedKey::read(&request_of(&key)).unwrap();
+    let pod = id().pod("mesh-0").unwrap();
+    let leaf = ca.issue_for(&requested, &pod, now(), HOUR).unwrap();
+    assert_eq!(leaf.not_after.duration_since(leaf.not_before).unwrap(), HOUR);
+    assert!(leaf.not_before <= now() && now() < leaf.not_after);
+
+    let info = LeafInfo::read(&leaf.cert_pem).unwrap();
+    assert_eq!((info.identity, info.not_before, info.not_after), (Some(pod), leaf.not_before, leaf.not_after));
+    let (_, block) = parse_x509_pem(leaf.cert_pem.as_bytes()).unwrap();
+    let cert = block.parse_x509().unwrap();
+    assert_eq!(*cert.public_key().subject_public_key.data, *key.public_key_raw());
+    assert_eq!(cert.subject().iter().count(), 0);
+    let usage = cert.extended_key_usage().unwrap().unwrap().value;
+    assert!(usage.server_auth && usage.client_auth && !cert.is_ca() && ca.issued(&leaf.cert_pem));
+}

@@ -38,6 +38,15 @@ impl SpiffeId {
         format!("spiffe://{trust_domain}/ns/{namespace}/overlaynode/{name}").parse()
     }
 
+    /// The id of one pod below this one.
+    ///
+    /// # Errors
+    /// This is a pod's id already or a client's, or the pod's name has a character that an id
+    /// does not allow.
+    pub fn pod(&self, pod: &str) -> Result<Self, NameError> {
+        format!("{self}/pod/{pod}").parse()
+    }
+
     /// The id as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -203,6 +212,8 @@ mod tests {
         assert!(mesh.covers(&mesh) && mesh.covers(&pod) && !pod.covers(&mesh));
         assert!(!mesh.covers(&id("spiffe://example.org/ns/a/overlaynode/mesh2")));
         assert_eq!(pod.without_pod(), mesh);
+        assert_eq!((mesh.pod("mesh-0"), mesh.pod("a/b")), (Ok(pod.clone()), Err(NameError::Identity)));
+        assert!(pod.pod("mesh-0").is_err() && id("spiffe://example.org/ns/a/client/c").pod("p").is_err());
     }
 
     #[test]

@@ -135,8 +135,14 @@ impl Contents {
         let mut errors = Vec::new();
         let mut hasher = blake3::Hasher::new();
         hasher.update(&[sources.key_exchange as u8]);
-        for (slot, source) in files.iter_mut().zip(sources.all()) {
-            match source.read() {
+        for (index, source) in sources.all().into_iter().enumerate() {
+            // A bundle of certificate and key is read once: between two reads it may be replaced.
+            let read = match sources.all()[..index].iter().position(|earlier| earlier.path == source.path) {
+                Some(earlier) => Ok(files[earlier].clone()),
+                None => source.read(),
+            };
+            let slot = &mut files[index];
+            match read {
                 Ok(bytes) => {
                     hasher.update(&(bytes.len() as u64).to_le_bytes()).update(&bytes);
                     *slot = bytes;

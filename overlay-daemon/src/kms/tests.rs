@@ -265,3 +265,34 @@ fn a_client_needs_no_token_keys() {
     assert_eq!((client.alpn_protocols.as_slice(), identity.as_str()), ([ALPN.to_vec()].as_slice(), NODE));
     assert_eq!(read_token("--token-file", &volume.path("peer")).unwrap(), files[4].trim().as_bytes());
 }
+
+/// Key and certificate in one file, as the kubelet writes a pod's credential bundle, and as it
+/// renews it: the file is one, so neither half is ever another's.
+#[test]
+fn a_bundle_of_key_and_certificate() {
+    let (authority, root) = (Authority::new(), TokenRoot::new());
+    let pod = format!("{NODE}/pod/mesh-0");
+    let files = || {
+        let mut files = Volume::files(&authority, &root, LeafOptions { uris: &[&pod], ..Default::default() });
+        files[0] = format!("{}{}", files[1], files[0]);
+        files[1] = String::new();
+        files
+    };
+    let first = files();
+    let mut volume = Volume::new(&first);
+    let (mut tls, token) = volume.config(KeyExchange::RequireHybrid);
+    tls.key = tls.certificate.clone();
+    let keys = Keys::load(&tls, &token, NOW_MS).unwrap();
+    assert_eq!(keys.current().identity().as_str(), pod);
+    assert!(matches!(keys.reload(NOW_MS), Reload::Unchanged));
+    volume.swap(&files());
+    assert!(matches!(keys.reload(NOW_MS), Reload::Replaced));
+    assert_eq!(keys.current().generation(), 2);
+
+    let mut half = files();
+    half[0] = first[0].split_inclusive("-----END PRIVATE KEY-----\n").next().unwrap().to_owned();
+    volume.swap(&half);
+    let Reload::Refused(errors) = keys.reload(NOW_MS) else { panic!("a key without its certificate") };
+    assert!(errors.len() == 1 && errors[0].to_string().contains("holds no PEM certificate"), "{errors:?}");
+    assert!(!errors[0].to_string().contains("PRIVATE"));
+}

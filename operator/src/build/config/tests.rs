@@ -15,7 +15,7 @@ fn node(edit: impl FnOnce(&mut OverlayNodeSpec)) -> OverlayNode {
 
 fn config(edit: impl FnOnce(&mut OverlayNodeSpec)) -> DaemonConfig {
     let node = node(edit);
-    daemon_config(&node, &Placement::pod(&node))
+    daemon_config(&node, &Placement::pod(&node, TlsSource::SelfManaged))
 }
 
 /// A spec of defaults is a configuration of defaults, for both profiles.
@@ -125,20 +125,24 @@ fn min_peers_leaves_room_for_one_that_is_replaced() {
 fn everyone_is_everyone_elses_peer() {
     let node = node(|spec| spec.replicas = 3);
     let id = names::identity(&node, "overlay.local").unwrap();
-    let got = peers_config(&node, &id, 1, |other| names::pod_address(&node, other));
+    let got = peers_config(&node, 1, |_| id.clone(), |other| names::pod_address(&node, other));
     assert_eq!(got.name, "mesh-1");
     let peers: Vec<_> = got.peers.iter().map(|p| (p.name.as_str(), p.address.as_str())).collect();
     assert_eq!(peers, [("mesh-0", "mesh-0.mesh-peers.prod.svc:9500"), ("mesh-2", "mesh-2.mesh-peers.prod.svc:9500"),]);
     assert!(got.peers.iter().all(|p| p.identity.as_str() == "spiffe://overlay.local/ns/prod/overlaynode/mesh"));
 
-    let alone = peers_config(&self::node(|spec| spec.replicas = 1), &id, 0, |_| unreachable!());
+    let alone = peers_config(&self::node(|spec| spec.replicas = 1), 0, |_| unreachable!(), |_| unreachable!());
     assert!(alone.peers.is_empty());
+
+    let pod = |other| id.pod(&names::daemon(&node, other)).unwrap();
+    let got = peers_config(&node, 1, pod, |other| names::pod_address(&node, other));
+    assert!(got.peers.iter().all(|p| p.identity.as_str() == format!("{id}/pod/{}", p.name)));
 }
 
 #[test]
 fn files_lie_where_pods_mount_them_and_where_local_puts_them() {
     let node = node(|_| {});
-    let pod = daemon_config(&node, &Placement::pod(&node));
+    let pod = daemon_config(&node, &Placement::pod(&node, TlsSource::SelfManaged));
     assert_eq!(pod.overlay.listen.to_string(), "0.0.0.0:9500");
     assert_eq!(pod.observability.metrics.to_string(), "0.0.0.0:9600");
     let paths = |c: &DaemonConfig| {

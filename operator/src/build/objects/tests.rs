@@ -1,8 +1,10 @@
-use overlay_core::identity::SpiffeId;
+use overlay_core::identity::{SpiffeId, TenantId};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::api::{Duration, Image, OverlayNodeSpec, PullPolicy, Quantity, Resources, SecretName};
+use crate::api::{
+    Duration, Image, KeyExchange, LogLevel, OverlayNodeSpec, PullPolicy, Quantity, Resources, SecretName,
+};
 use crate::build::{Placement, daemon_config, image, peers_config, pull_policy};
 
 const ID: &str = "spiffe://overlay.local/ns/a/overlaynode/mesh";
@@ -17,14 +19,22 @@ fn node(change: impl FnOnce(&mut OverlayNodeSpec)) -> OverlayNode {
 }
 
 fn build(node: &OverlayNode) -> Result<Objects, BuildError> {
+    build_with(node, LeafSecret::Holds { certificate: b"certificate".to_vec(), key: b"key".to_vec() })
+}
+
+fn build_with(node: &OverlayNode, leaf: LeafSecret) -> Result<Objects, BuildError> {
     let id: SpiffeId = ID.parse().unwrap();
-    let config = daemon_config(node, &Placement::pod(node));
+    let source = match leaf {
+        LeafSecret::Holds { .. } => TlsSource::SelfManaged,
+        LeafSecret::Absent | LeafSecret::Emptied => TlsSource::PodCertificate,
+    };
+    let config = daemon_config(node, &Placement::pod(node, source));
     let replicas = u32::try_from(node.spec.replicas).unwrap();
-    let peers: Vec<_> = (0..replicas).map(|n| peers_config(node, &id, n, |m| names::pod_address(node, m))).collect();
+    let peers: Vec<_> =
+        (0..replicas).map(|n| peers_config(node, n, |_| id.clone(), |m| names::pod_address(node, m))).collect();
     let some = |text: &str| text.as_bytes().to_vec();
     let credentials = Credentials {
-        certificate: some("certificate"),
-        key: some("key"),
+        leaf,
         ca: some("ca"),
         token_keys: some("{}"),
         peer_token: some("peer token"),
@@ -37,6 +47,7 @@ fn build(node: &OverlayNode) -> Result<Objects, BuildError> {
         peers: &peers,
         image: &image,
         pull_policy: pull_policy(node, None),
+        source,
         credentials: &credentials,
     })
 }
@@ -50,7 +61,7 @@ fn everything_is_named_labelled_and_owned() {
     let o = build(&node(|_| ())).unwrap();
     let metadata = [
         ("mesh", &o.service_account.metadata),
-        ("mesh-tls", &o.tls.metadata),
+        ("mesh-tls", &o.tls.as_ref().unwrap().metadata),
         ("mesh-token", &o.token.metadata),
         ("mesh-config", &o.config.metadata),
         ("mesh-peers", &o.peers.metadata),
@@ -75,7 +86,7 @@ fn everything_is_named_labelled_and_owned() {
 fn the_stateful_set() {
     let mut got = stateful_set(&node(|_| ()));
     // What is hashed is the core's to say.
-    got["spec"]["template"]["metadata"]["annotations"][labels::CONFIG_HASH] = json!("HASH");
+    got["spec"]["template"]["metadata"]["annotations"][labels::RESTART_HASH] = json!("HASH");
     let want: Value = serde_json::from_str(include_str!("stateful-set.json")).unwrap();
     assert_eq!(got, want, "got:\n{}", serde_json::to_string_pretty(&got).unwrap());
 }
@@ -113,22 +124,73 @@ fn configuration_and_secrets() {
     assert_eq!(peers.peers[0].address, "mesh-0.mesh-peers.a.svc:9500");
     let config = overlay_core::config::daemon(&files["overlay.toml"]).unwrap();
     let template = o.stateful_set.spec.unwrap().template.metadata.unwrap().annotations.unwrap();
-    assert_eq!(template[labels::CONFIG_HASH], config.hash().unwrap());
+    assert_eq!(template[labels::RESTART_HASH], config.restart_hash().unwrap());
     let keys = |secret: &Secret| secret.data.as_ref().unwrap().keys().cloned().collect::<Vec<_>>();
+    let tls = o.tls.unwrap();
     assert_eq!(
-        (keys(&o.tls), o.tls.type_.as_deref()),
+        (keys(&tls), tls.type_.as_deref()),
         (vec!["ca.crt".into(), "tls.crt".into(), "tls.key".into()], Some("kubernetes.io/tls"))
     );
     assert_eq!(keys(&o.token), ["local", "peer", "token-keys.json"]);
 }
 
-/// Peers are not in the hash: a scale up rolls nothing.
+/// A key of its own for each pod: in no Secret, and what a Secret held from before is taken out.
+#[test]
+fn certificates_of_the_pods_own() {
+    let node = node(|_| ());
+    let o = build_with(&node, LeafSecret::Absent).unwrap();
+    assert!(o.tls.is_none());
+    let template = &o.stateful_set.spec.as_ref().unwrap().template;
+    assert_eq!(workload::source_of(template), TlsSource::PodCertificate);
+    let template = serde_json::to_value(template).unwrap();
+    let volumes = template["spec"]["volumes"].as_array().unwrap();
+    assert_eq!(
+        volumes.iter().find(|v| v["name"] == "tls").unwrap()["projected"],
+        json!({
+            "defaultMode": 0o440,
+            "sources": [
+                { "podCertificate": {
+                    "signerName": "overlay.rustyonions.io/mesh", "keyType": "ED25519",
+                    "credentialBundlePath": "bundle.pem", "maxExpirationSeconds": 86_400,
+                } },
+                { "configMap": { "name": "mesh-config", "items": [{ "key": "ca.crt", "path": "ca.crt" }] } },
+            ],
+        })
+    );
+    assert!(!template.to_string().contains("mesh-tls"));
+    let mounts = template["spec"]["containers"][0]["volumeMounts"].as_array().unwrap();
+    assert!(mounts.contains(&json!({ "name": "tls", "mountPath": "/etc/overlay/tls", "readOnly": true })));
+    let files = o.config.data.unwrap();
+    assert_eq!(files["ca.crt"], "ca");
+    let tls = overlay_core::config::daemon(&files["overlay.toml"]).unwrap().tls;
+    assert_eq!((tls.certificate.to_str(), tls.key), (Some("/etc/overlay/tls/bundle.pem"), tls.certificate.clone()));
+
+    let emptied = build_with(&node, LeafSecret::Emptied).unwrap().tls.unwrap();
+    let data = emptied.data.unwrap();
+    assert!(data["tls.key"].0.is_empty() && data["tls.crt"].0.is_empty() && data["ca.crt"].0 == b"ca");
+
+    let shared = build(&node).unwrap().stateful_set.spec.unwrap().template;
+    assert_eq!(workload::source_of(&shared), TlsSource::SelfManaged);
+    let config = |source| daemon_config(&node, &Placement::pod(&node, source));
+    let alike = |source| {
+        pod_template(&node, &config(source), &image(&node, "registry.example/overlay-daemon:1.0"), None, source)
+    };
+    assert_eq!(alike(TlsSource::SelfManaged).unwrap(), shared, "as it is built");
+}
+
+/// What a running daemon takes up rolls nothing: peers, limits, gossip caps and the like.
 #[test]
 fn what_rolls_pods() {
     let template = |change: fn(&mut OverlayNodeSpec)| stateful_set(&node(change))["spec"]["template"].clone();
     let base = template(|_| ());
     assert_eq!(base, template(|s| s.replicas = 5));
-    assert_ne!(base, template(|s| s.limits.inflight = 100));
+    assert_eq!(base, template(|s| s.limits.inflight = 100));
+    assert_eq!(base, template(|s| s.gossip.fanout = 2));
+    assert_eq!(base, template(|s| s.readiness.min_peers = 1));
+    assert_eq!(base, template(|s| s.tls.key_exchange = KeyExchange::PreferHybrid));
+    assert_eq!(base, template(|s| s.logging.level = LogLevel::Debug));
+    assert_ne!(base, template(|s| s.drain.delay = Duration::from_secs(9)));
+    assert_ne!(base, template(|s| s.auth.tenants = vec![TenantId(7)]));
     assert_ne!(base, template(|s| s.transports.tcp.port = 7000));
 }
 
@@ -200,25 +262,21 @@ fn too_much_configuration() {
     let id: SpiffeId = format!("spiffe://overlay.local/ns/a/overlaynode/{}", "m".repeat(1_900)).parse().unwrap();
     let mut big = node.clone();
     big.spec.replicas = 64;
-    let peers: Vec<_> = (0..64).map(|n| peers_config(&big, &id, n, |m| names::pod_address(&big, m))).collect();
-    let config = daemon_config(&big, &Placement::pod(&big));
-    let empty = Vec::new;
-    let credentials = Credentials {
-        certificate: empty(),
-        key: empty(),
-        ca: empty(),
-        token_keys: empty(),
-        peer_token: empty(),
-        local_token: empty(),
-    };
-    let result = objects(&Inputs {
+    let peers: Vec<_> =
+        (0..64).map(|n| peers_config(&big, n, |_| id.clone(), |m| names::pod_address(&big, m))).collect();
+    let source = TlsSource::PodCertificate;
+    let config = daemon_config(&big, &Placement::pod(&big, source));
+    let credentials = Credentials::default();
+    let inputs = Inputs {
         node: &big,
         config: &config,
         peers: &peers,
         image: "x",
         pull_policy: None,
+        source,
         credentials: &credentials,
-    });
+    };
+    let result = objects(&inputs);
     match result {
         Err(BuildError::ConfigTooLarge { replicas: 64, bytes }) => assert!(bytes > MAX_CONFIG),
         _ => panic!("it was built"),

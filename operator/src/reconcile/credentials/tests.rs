@@ -31,13 +31,14 @@ impl Rig {
     fn standing(&self) -> Standing {
         let certificate = issue_certificate(&self.keys.ca, &self.id, self.now).unwrap();
         let tokens = issue_tokens(&self.keys.tokens, self.subject(), self.now).unwrap();
-        let c = credentials(&certificate, &tokens);
+        let c = credentials(&Leaves::Shared(certificate), &tokens);
+        let LeafSecret::Holds { certificate, key } = c.leaf else { panic!("pods share it") };
         let secret = |data: [(&str, Vec<u8>); 3]| Secret {
             data: Some(data.into_iter().map(|(k, b)| (k.to_owned(), ByteString(b))).collect::<BTreeMap<_, _>>()),
             ..Default::default()
         };
         Standing {
-            tls: Some(secret([("tls.crt", c.certificate), ("tls.key", c.key), ("ca.crt", c.ca)])),
+            tls: Some(secret([("tls.crt", certificate), ("tls.key", key), ("ca.crt", c.ca)])),
             token: Some(secret([("token-keys.json", c.token_keys), ("peer", c.peer_token), ("local", c.local_token)])),
         }
     }
@@ -62,9 +63,10 @@ fn what_is_good_stays_byte_for_byte() {
     let rig = Rig::new();
     let standing = rig.standing();
     let current = current(&standing, &rig.keys, rig.subject(), rig.now + Duration::from_secs(60));
-    let kept = credentials(&current.certificate.unwrap(), &current.tokens.unwrap());
+    let kept = credentials(&Leaves::Shared(current.certificate.unwrap()), &current.tokens.unwrap());
+    let LeafSecret::Holds { certificate, key } = kept.leaf else { panic!("pods share it") };
     let bytes = |secret: &Option<Secret>, key: &str| secret.as_ref().unwrap().data.as_ref().unwrap()[key].0.clone();
-    assert!(kept.certificate == bytes(&standing.tls, "tls.crt") && kept.key == bytes(&standing.tls, "tls.key"));
+    assert!(certificate == bytes(&standing.tls, "tls.crt") && key == bytes(&standing.tls, "tls.key"));
     assert!(
         kept.peer_token == bytes(&standing.token, "peer")
             && kept.token_keys == bytes(&standing.token, "token-keys.json")
@@ -126,4 +128,25 @@ fn what_is_not_good_is_reissued() {
     assert_eq!(rig.stand(&standing, renamed, rig.now), (false, false), "another identity");
     let narrowed = Subject { id: &rig.id, tenants: &TENANTS[..1] };
     assert_eq!(rig.stand(&standing, narrowed, rig.now), (true, false), "other tenants");
+}
+
+/// Where each pod has its own key, what NAME-tls held before is taken out, and no one else's.
+#[test]
+fn a_key_that_is_left_over() {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+    let rig = Rig::new();
+    let mut standing = rig.standing();
+    assert!(!holds_key(&standing, "uid"), "it is nobody's");
+    let owner = OwnerReference { uid: "uid".into(), controller: Some(true), ..Default::default() };
+    standing.tls.as_mut().unwrap().metadata.owner_references = Some(vec![owner]);
+    assert!(holds_key(&standing, "uid") && !holds_key(&standing, "another"));
+    overwrite(&mut standing.tls, "tls.key", Some(Vec::new()));
+    assert!(!holds_key(&standing, "uid"), "it is empty");
+    assert!(!holds_key(&Standing::default(), "uid"));
+
+    let tokens = issue_tokens(&rig.keys.tokens, rig.subject(), rig.now).unwrap();
+    for (leftover, want) in [(true, LeafSecret::Emptied), (false, LeafSecret::Absent)] {
+        let c = credentials(&Leaves::PerPod { ca: b"ca".to_vec(), leftover }, &tokens);
+        assert!(c.leaf == want && c.ca == b"ca");
+    }
 }

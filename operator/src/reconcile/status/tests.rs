@@ -16,6 +16,7 @@ fn built(hash: &str) -> Built {
     Built {
         selector: "a=b".into(),
         config_hash: hash.into(),
+        running_hash: format!("{hash}-and-peers"),
         effective: build::effective(&node, Some("overlay-daemon:1".into())),
         tls: TlsStatus {
             source: TlsSource::SelfManaged,
@@ -38,6 +39,7 @@ fn facts(previous: Option<&OverlayNodeStatus>, pods: Pods, seconds: i64) -> Fact
         built: Some(built("h1")),
         problem: None,
         cause: None,
+        rollout: None,
         now: at(seconds),
     }
 }
@@ -188,4 +190,36 @@ fn pods_from_a_stateful_set() {
     assert_eq!(Pods::of(&set(2, None, "a", "a")), pods(3, 2, 1, false), "never seen");
     assert_eq!(Pods::of(&set(2, Some(2), "a", "b")), pods(3, 2, 1, false), "rolling");
     assert_eq!(Pods::of(&StatefulSet::default()), Pods::default());
+}
+
+/// All are ready, and one does not run yet what was written: not Ready, and it says who.
+#[test]
+fn a_change_is_pending_until_every_daemon_runs_it() {
+    let before = status(&facts(None, pods(3, 3, 3, true), 0));
+    assert_eq!((letters(&before).as_str(), before.running_hash.as_deref()), ("TFFFT", Some("h1-and-peers")));
+    let rollout = |current, silent: &[&str]| {
+        Some(Rollout { current, wanted: 3, silent: silent.iter().map(|s| (*s).to_owned()).collect() })
+    };
+    for (rollout, want) in [
+        (rollout(2, &[]), "ConfigPending"),
+        (rollout(2, &["mesh-1"]), "DaemonUnreachable"),
+        (rollout(3, &[]), "AllReady"),
+    ] {
+        let facts = Facts {
+            generation: Some(2),
+            built: Some(built("h2")),
+            rollout,
+            ..facts(Some(&before), pods(3, 3, 3, true), 5)
+        };
+        let now = status(&facts);
+        let pending = want != "AllReady";
+        assert_eq!(
+            (letters(&now).as_str(), reason(&now, "Ready").as_str()),
+            (if pending { "FTFFT" } else { "TFFFT" }, want)
+        );
+        assert_eq!(now.config_hash.as_deref(), Some("h2"));
+        assert_eq!(now.running_hash.as_deref(), Some(if pending { "h1-and-peers" } else { "h2-and-peers" }));
+        let message = find(Some(&now), "Ready").unwrap().message.clone();
+        assert_eq!(message.contains("mesh-1"), want == "DaemonUnreachable", "{message}");
+    }
 }

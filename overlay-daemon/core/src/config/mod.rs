@@ -137,7 +137,9 @@ pub struct Observability {
 pub struct Tls {
     /// PEM: the leaf, then intermediates. Its URI SAN is the daemon's identity. Required.
     pub certificate: PathBuf,
-    /// PEM, PKCS #8: the leaf's private key. Required.
+    /// PEM, PKCS #8: the leaf's private key. Required. May be the same file as `certificate`,
+    /// which then holds both, in any order, as the kubelet writes a pod's credential bundle: it
+    /// is read as one, so that a renewal never shows one half new and one half old.
     pub key: PathBuf,
     /// PEM: the authorities whose certificates are accepted. Required.
     pub ca: PathBuf,

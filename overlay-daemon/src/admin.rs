@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::metrics::{Metrics, Route, TEXT_FORMAT};
+use crate::reload::Running;
 use crate::transport::EXHAUSTED_PAUSE;
 
 /// Connections at once. Past it the oldest is closed: a probe is answered within
@@ -48,8 +49,8 @@ pub struct Admin {
     pub metrics: Arc<Metrics>,
     /// Served on `/readyz`. Once its sender is gone, nobody vouches for readiness: 503.
     pub report: watch::Receiver<Report>,
-    /// The running configuration's.
-    pub config_hash: String,
+    /// Which configuration is running.
+    pub running: watch::Receiver<Running>,
     /// Times the answers.
     pub clock: Clock,
 }
@@ -72,6 +73,7 @@ struct Version {
 struct Readyz<'a> {
     ready: bool,
     config: &'a str,
+    peers: &'a str,
     conditions: Vec<ConditionBody<'a>>,
 }
 
@@ -176,7 +178,8 @@ async fn readyz(State(admin): State<Arc<Admin>>) -> Response {
         conditions.push(ConditionBody { name: "bus", ok: false, reason: "the hub has stopped" });
     }
     let ready = report.ready && !abandoned;
-    let body = Json(Readyz { ready, config: &admin.config_hash, conditions });
+    let running = admin.running.borrow().clone();
+    let body = Json(Readyz { ready, config: &running.config, peers: &running.peers, conditions });
     if ready {
         body.into_response()
     } else {

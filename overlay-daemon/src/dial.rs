@@ -10,6 +10,7 @@ use overlay_core::identity::SpiffeId;
 use overlay_core::status::Reason;
 use tokio::sync::watch;
 use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
 
 use crate::kms::Keys;
 use crate::session::Context;
@@ -34,12 +35,14 @@ enum PeerError {
 
 /// A peer to hold a session with.
 pub struct Dialler {
-    /// Its place in the peers file.
+    /// Its place.
     pub place: usize,
     /// Who and where it is.
     pub peer: Peer,
     /// Whether it has a session, whoever dialled.
     pub up: watch::Receiver<bool>,
+    /// Tells it not to dial any more. A session that it holds goes on.
+    pub retired: CancellationToken,
     /// With what to dial.
     pub keys: Arc<Keys>,
     /// What a session needs.
@@ -47,12 +50,18 @@ pub struct Dialler {
 }
 
 impl Dialler {
-    /// Dials for as long as the daemon runs: its owner ends it by dropping the task.
+    /// Dials until it is retired. Dropping the task ends the session too.
     pub async fn run(mut self) {
         let mut pauses = pauses();
         let mut warned = false;
-        while self.up.wait_for(|up| !up).await.is_ok() {
-            match self.connect().await {
+        let retired = self.retired.clone();
+        loop {
+            let connecting = async {
+                self.up.wait_for(|up| !up).await.ok()?;
+                Some(self.connect().await)
+            };
+            let Some(Some(connected)) = retired.run_until_cancelled(connecting).await else { return };
+            match connected {
                 Ok(connection) => {
                     warned = false;
                     let began = self.context.clock.stamp();
@@ -68,13 +77,15 @@ impl Dialler {
                 }
                 Err(error) => tracing::debug!(peer = %self.peer.name, %error, "dialling failed"),
             }
-            sleep(pauses.next().unwrap_or(LONGEST)).await;
+            if retired.run_until_cancelled(sleep(pauses.next().unwrap_or(LONGEST))).await.is_none() {
+                return;
+            }
         }
     }
 
     async fn connect(&self) -> Result<Connection, PeerError> {
         let tls = Arc::clone(self.keys.current().client());
-        let connection = dial(&self.peer.address, &tls, &self.context.transport, self.context.clock).await?;
+        let connection = dial(&self.peer.address, &tls, &self.context.timing.now(), self.context.clock).await?;
         self.context.metrics.key_exchange(connection.group);
         if !self.peer.identity.covers(&connection.peer) {
             self.context.metrics.rejected(Reason::Auth).inc();

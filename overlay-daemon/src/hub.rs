@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use overlay_core::Millis;
+use overlay_core::config::{DaemonConfig, Places};
 use overlay_core::control::{Open, parse};
 use overlay_core::frame::{AppProto, Flags, Frame};
 use overlay_core::gossip::Counts;
@@ -65,8 +66,23 @@ pub enum Input {
     Readiness(Report, bool),
     /// The token for peers changed.
     Token(Bytes),
+    /// The configuration changed, as far as it can while the daemon runs.
+    Config(Box<DaemonConfig>),
+    /// The configured peers changed.
+    Peers(Peers),
     /// The drain began: no new sessions, no writes.
     Drain,
+}
+
+/// The configured peers, and how the hub tells of each, by place.
+#[derive(Clone, Default)]
+pub struct Peers {
+    /// Who they are.
+    pub places: Places,
+    /// Gauges of requests in flight: one a place, then everyone else's.
+    pub inflight: Vec<IntGauge>,
+    /// Whether each has a session.
+    pub up: Vec<watch::Sender<bool>>,
 }
 
 /// What the hub says of itself.
@@ -96,15 +112,13 @@ pub struct Hub {
     pub clock: Clock,
     /// What it counts.
     pub metrics: Arc<Metrics>,
-    /// Gauges of requests in flight: one a configured peer, then everyone else's.
-    pub inflight: Vec<IntGauge>,
+    /// Whom the node knows, and how to tell of them.
+    pub peers: Peers,
     /// What happens.
     pub inputs: mpsc::Receiver<Input>,
     /// Whose writer sent its batch. A way of its own: behind a flood of frames that fill the
     /// writer's queue it would come too late.
     pub sent: mpsc::Receiver<SessionId>,
-    /// Whether each configured peer has a session.
-    pub peers: Vec<watch::Sender<bool>>,
     /// That it is alive.
     pub heartbeat: watch::Sender<Heartbeat>,
 }
@@ -112,9 +126,9 @@ pub struct Hub {
 impl Hub {
     /// Runs until `stop`, or until nobody is left to say anything.
     pub async fn run(self, stop: CancellationToken) {
-        let Self { node, clock, metrics, inflight, mut inputs, mut sent, peers, heartbeat } = self;
+        let Self { node, clock, metrics, peers, mut inputs, mut sent, heartbeat } = self;
         let mut turn =
-            Turn { node, clock, metrics, inflight, peers, heartbeat, live: HashMap::new(), counted: Counts::default() };
+            Turn { node, clock, metrics, peers, heartbeat, live: HashMap::new(), counted: Counts::default() };
         loop {
             let beat = clock.now().after(HEARTBEAT_MS);
             let wake = turn.node.poll_timeout().map_or(beat, |at| at.min(beat));
@@ -149,8 +163,7 @@ struct Turn {
     node: Node,
     clock: Clock,
     metrics: Arc<Metrics>,
-    inflight: Vec<IntGauge>,
-    peers: Vec<watch::Sender<bool>>,
+    peers: Peers,
     heartbeat: watch::Sender<Heartbeat>,
     live: HashMap<SessionId, Live>,
     counted: Counts,
@@ -184,6 +197,11 @@ impl Turn {
             }
             Input::Readiness(report, shedding) => self.node.handle_readiness(report, shedding),
             Input::Token(token) => self.node.handle_token(token),
+            Input::Config(config) => self.node.handle_config(&config, self.clock.now()),
+            Input::Peers(peers) => {
+                self.peers = peers;
+                self.node.handle_peers(self.peers.places.clone(), self.time());
+            }
             Input::Drain => self.node.handle_drain(),
         }
     }
@@ -236,7 +254,7 @@ impl Turn {
         match output {
             Output::Close(id) => drop(self.live.remove(&id)),
             Output::Peer { peer, up } => {
-                if let Some(sender) = self.peers.get(peer) {
+                if let Some(sender) = self.peers.up.get(peer) {
                     sender.send_replace(up);
                 }
             }
@@ -260,7 +278,7 @@ impl Turn {
         if now.since(last.at) < HEARTBEAT_MS / 2 && drained == last.drained {
             return;
         }
-        for (gauge, value) in self.inflight.iter().zip(self.node.inflight()) {
+        for (gauge, value) in self.peers.inflight.iter().zip(self.node.inflight()) {
             gauge.set(i64::from(value));
         }
         self.heartbeat.send_replace(Heartbeat {

@@ -16,6 +16,7 @@ pub mod accept;
 pub mod dial;
 pub mod hub;
 pub mod readiness;
+pub mod reload;
 pub mod session;
 
 pub mod admin;

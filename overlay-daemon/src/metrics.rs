@@ -2,9 +2,6 @@
 //! label is from a closed enum, save `peer`, which configuration bounds. Handles are made here
 //! once; hot paths only add.
 
-use std::collections::HashMap;
-
-use overlay_core::config::MAX_PEERS;
 use overlay_core::status::Reason;
 use prometheus::{
     Encoder, Error, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -88,8 +85,9 @@ impl Route {
 /// The metrics of one daemon.
 pub struct Metrics {
     registry: Registry,
-    inflight: HashMap<String, IntGauge>,
-    inflight_other: IntGauge,
+    inflight: IntGaugeVec,
+    config_info: IntGaugeVec,
+    config_reloads: [IntCounter; 2],
     rejected: [IntCounter; Reason::ALL.len()],
     gossip: [IntCounter; 2],
     latency: [Histogram; Route::ALL.len()],
@@ -105,15 +103,16 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Registers everything, every series at 0. `peers` are the configured peers' names.
+    /// Registers everything, every series at 0 but those of peers, which begin with
+    /// [`Self::inflight`].
     ///
     /// # Errors
     /// A label's value is one that the exposition format has no place for.
-    pub fn new<'p>(amnesia: bool, peers: impl IntoIterator<Item = &'p str>, config_hash: &str) -> Result<Self, Error> {
+    pub fn new(amnesia: bool, config_hash: &str) -> Result<Self, Error> {
         let amnesia = if amnesia { "on" } else { "off" };
         let registry = Registry::new_custom(None, Some([("amnesia".to_owned(), amnesia.to_owned())].into()))?;
         let r = &registry;
-        info(r, "overlay_config_info", "The configuration that is running.", "hash", config_hash)?;
+        let config_info = info(r, "overlay_config_info", "The configuration that is running.", "hash", config_hash)?;
         info(r, "overlay_build_info", "The program that is running.", "version", env!("CARGO_PKG_VERSION"))?;
 
         let inflight = IntGaugeVec::new(
@@ -124,8 +123,6 @@ impl Metrics {
             &["peer"],
         )?;
         r.register(Box::new(inflight.clone()))?;
-        let peers =
-            peers.into_iter().take(MAX_PEERS).map(|name| (name.to_owned(), inflight.with_label_values(&[name])));
 
         let rejected = counters(r, "overlay_rejected_total", "What was refused, by reason.", "reason")?;
         let gossip = counters(r, "overlay_gossip_frames_total", "Gossip frames, by direction.", "dir")?;
@@ -139,11 +136,18 @@ impl Metrics {
             &["group"],
         )?;
         r.register(Box::new(sessions.clone()))?;
+        let config_reloads = counters(
+            r,
+            "overlay_config_reloads_total",
+            "New configurations found, by result: failed where some of it was not taken up.",
+            "result",
+        )?;
         let key_reloads = counters(r, "overlay_key_reloads_total", "Attempts to reload keys, by result.", "result")?;
 
         Ok(Self {
-            inflight: peers.collect(),
-            inflight_other: inflight.with_label_values(&[OTHER]),
+            inflight,
+            config_info,
+            config_reloads: ["ok", "failed"].map(|result| config_reloads.with_label_values(&[result])),
             rejected: Reason::ALL.map(|reason| rejected.with_label_values(&[reason.label()])),
             gossip: ["tx", "rx"].map(|dir| gossip.with_label_values(&[dir])),
             latency: latency(r)?,
@@ -165,10 +169,29 @@ impl Metrics {
     }
 
     /// Requests not yet answered by a configured peer, or, with `None`, by all other sessions
-    /// together; resolved once, at the start.
+    /// together; resolved once a peer. Configuration bounds how many there are.
     #[must_use]
     pub fn inflight(&self, peer: Option<&str>) -> IntGauge {
-        peer.and_then(|peer| self.inflight.get(peer)).unwrap_or(&self.inflight_other).clone()
+        self.inflight.with_label_values(&[peer.unwrap_or(OTHER)])
+    }
+
+    /// A peer is no longer configured: its series goes.
+    pub fn forget_peer(&self, peer: &str) {
+        // It may be there twice, or not at all, where a list of peers is wrong.
+        let _ = self.inflight.remove_label_values(&[peer]);
+    }
+
+    /// Another configuration is running.
+    pub fn config(&self, old: &str, new: &str) {
+        if old != new {
+            self.config_info.with_label_values(&[new]).set(1);
+            let _ = self.config_info.remove_label_values(&[old]);
+        }
+    }
+
+    /// A configuration was found, and taken or refused.
+    pub fn config_reload(&self, ok: bool) {
+        self.config_reloads[usize::from(!ok)].inc();
     }
 
     /// What was refused for `reason`.
@@ -266,10 +289,11 @@ fn gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, Error>
 }
 
 /// A gauge that is always 1 and says something in its label.
-fn info(registry: &Registry, name: &str, help: &str, label: &str, value: &str) -> Result<(), Error> {
+fn info(registry: &Registry, name: &str, help: &str, label: &str, value: &str) -> Result<IntGaugeVec, Error> {
     let metric = IntGaugeVec::new(Opts::new(name, help), &[label])?;
     metric.with_label_values(&[value]).set(1);
-    registry.register(Box::new(metric))
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
 }
 
 /// Latencies from 64 µs, doubling to 16.8 s: an answer from memory is at the low end, one
@@ -290,10 +314,12 @@ mod tests {
     /// that is not configured never makes a series.
     #[test]
     fn the_golden_set() {
-        let metrics = Metrics::new(true, ["mesh-1", "mesh-2"], "0123456789abcdef").unwrap();
+        let metrics = Metrics::new(true, "0123456789abcdef").unwrap();
         metrics.inflight(Some("mesh-1")).set(3);
-        metrics.inflight(Some("stranger")).inc();
-        metrics.inflight(None).inc();
+        metrics.inflight(Some("mesh-2")).set(0);
+        metrics.inflight(Some("mesh-3")).inc();
+        metrics.forget_peer("mesh-3");
+        metrics.inflight(None).set(2);
         metrics.rejected(Reason::Quota).inc();
         metrics.rejected(Reason::Stale).inc_by(2);
         metrics.gossip_frames(Direction::Rx).inc_by(5);
@@ -325,7 +351,7 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }
-        assert!(!text.contains("stranger"));
+        assert!(!text.contains("mesh-3"));
         let series: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
         assert!(series.iter().all(|line| line.contains("amnesia=\"on\"")), "{text}");
         drop(held);

@@ -20,8 +20,8 @@ const EVERY: Duration = Duration::from_millis(200);
 
 /// What readiness is judged by.
 pub struct Watch {
-    /// The thresholds.
-    pub config: Readiness,
+    /// The thresholds, as they are now.
+    pub config: watch::Receiver<Readiness>,
     /// What the hub says.
     pub heartbeat: watch::Receiver<Heartbeat>,
     /// Whether SIGTERM came.
@@ -41,12 +41,13 @@ pub struct Watch {
 impl Watch {
     /// Judges until its owner drops the task.
     pub async fn run(self) {
-        let mut gate = Gate::new(self.config.clone());
+        let mut gate = Gate::new(self.config.borrow().clone());
         let mut ticks = interval(EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let mut told = None;
         loop {
             ticks.tick().await;
+            gate.handle_config(&self.config.borrow());
             let now = self.clock.now();
             let report = gate.handle_facts(&self.facts(), now);
             self.metrics.ready(report.ready);

@@ -22,14 +22,14 @@ use crate::accept::{self, Stop};
 use crate::admin::{self, Admin};
 use crate::check;
 use crate::clock::Clock;
-use crate::dial::Dialler;
 use crate::hub::{Heartbeat, Hub, Input, QUEUE};
 use crate::kms::Keys;
-use crate::logging;
+use crate::logging::{self, Level};
 use crate::metrics::Metrics;
 use crate::readiness::Watch;
+use crate::reload::{Files, Reloader, Running, Told};
 use crate::session::Context;
-use crate::transport::{Listener, LocalListener, TransportConfig};
+use crate::transport::{Listener, LocalListener, Timing, TransportConfig};
 
 /// For how long tasks that were told to end are waited for.
 const JOIN: Duration = Duration::from_secs(2);
@@ -58,9 +58,10 @@ pub async fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             anyhow::bail!("{}", errors.join("\n"));
         }
     };
-    logging::start(&config.observability)?;
+    let level = logging::start(&config.observability)?;
     let mut signals = Signals::new()?;
-    let daemon = start(config, peers).await?;
+    let files = Files { config: args.config.clone(), peers: args.peers.clone() };
+    let daemon = start(files, config, peers, level).await?;
     Ok(daemon.run_until(&mut signals).await)
 }
 
@@ -92,29 +93,29 @@ struct Daemon {
     stop: Stop,
     /// Accept loops: they end when their sessions have.
     accepting: JoinSet<()>,
-    /// Diallers, readiness, key reload: dropped at the end.
+    /// Diallers, readiness, reloads: dropped at the end.
     helping: JoinSet<()>,
     /// The hub and admin HTTP: they serve to the last.
     serving: JoinSet<()>,
 }
 
-async fn start(config: DaemonConfig, peers: PeersConfig) -> anyhow::Result<Daemon> {
+async fn start(files: Files, config: DaemonConfig, peers: PeersConfig, level: Level) -> anyhow::Result<Daemon> {
     let clock = Clock::start();
-    let hash = config.hash().context("the configuration cannot be written down")?;
+    let running = Running::of(&config, &peers).context("the configuration cannot be written down")?;
     let keys = Keys::load(&config.tls, &config.token, clock.unix_ms()).map_err(|errors| {
         anyhow::anyhow!("{}", errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
     })?;
     let keys = Arc::new(keys);
-    let names = peers.peers.iter().map(|peer| peer.name.as_str());
-    let metrics = Arc::new(Metrics::new(config.overlay.amnesia, names, &hash)?);
-    let transport = TransportConfig::from(&config.overlay);
+    let metrics = Arc::new(Metrics::new(config.overlay.amnesia, &running.config)?);
+    let (timing, timing_now) = watch::channel(TransportConfig::from(&config.overlay));
+    let timing_now = Timing::from(timing_now);
 
     let listen = config.overlay.listen;
-    let listener = Listener::bind(listen, transport, clock)
+    let listener = Listener::bind(listen, timing_now.clone(), clock)
         .await
         .with_context(|| format!("overlay.listen: cannot listen on {listen}"))?;
-    let local =
-        LocalListener::bind(&config.unix.socket, &config.unix.allow_uids, &transport, clock).context("unix.socket")?;
+    let local = LocalListener::bind(&config.unix.socket, &config.unix.allow_uids, timing_now.clone(), clock)
+        .context("unix.socket")?;
     let metrics_at = config.observability.metrics;
     let admin_socket = admin::bind(metrics_at)
         .await
@@ -123,7 +124,7 @@ async fn start(config: DaemonConfig, peers: PeersConfig) -> anyhow::Result<Daemo
 
     let incarnation = incarnation()?;
     let identity = keys.current().identity().clone();
-    let mut node = Node::new(config.clone(), peers.clone(), identity.clone(), incarnation, clock.now());
+    let mut node = Node::new(config.clone(), &peers, identity.clone(), incarnation, clock.now());
     node.handle_token(keys.current().peer_token());
 
     let (hub, inputs) = mpsc::channel(QUEUE);
@@ -132,28 +133,34 @@ async fn start(config: DaemonConfig, peers: PeersConfig) -> anyhow::Result<Daemo
     let (draining, is_draining) = watch::channel(false);
     let (report, reported) = watch::channel(Report::default());
     let stop = Stop { accepting: CancellationToken::new(), all: CancellationToken::new() };
-    let context = Context::new(hub.clone(), sender, keys.verifier(), transport, clock, Arc::clone(&metrics));
+    let context = Context::new(hub.clone(), sender, keys.verifier(), timing_now, clock, Arc::clone(&metrics));
 
-    let ups: Vec<watch::Sender<bool>> = peers.peers.iter().map(|_| watch::channel(false).0).collect();
-    let mut helping = JoinSet::new();
-    for (place, peer) in peers.peers.iter().enumerate() {
-        let (peer, up) = (peer.clone(), ups[place].subscribe());
-        helping.spawn(Dialler { place, peer, up, keys: Arc::clone(&keys), context: context.clone() }.run());
-    }
-    let inflight =
-        peers.peers.iter().map(|peer| metrics.inflight(Some(&peer.name))).chain([metrics.inflight(None)]).collect();
+    let (readiness, readiness_now) = watch::channel(config.readiness.clone());
+    let (running, running_now) = watch::channel(running);
+    let told = Told {
+        timing,
+        readiness,
+        running,
+        hub: hub.clone(),
+        keys: Arc::clone(&keys),
+        level,
+        metrics: Arc::clone(&metrics),
+    };
+    let reloader = Reloader::new(files, config.clone(), peers.clone(), told, context.clone());
     let mut serving = JoinSet::new();
     let hub_task =
-        Hub { node, clock, metrics: Arc::clone(&metrics), inflight, inputs, sent, peers: ups, heartbeat: beats };
+        Hub { node, clock, metrics: Arc::clone(&metrics), peers: reloader.peers(), inputs, sent, heartbeat: beats };
     serving.spawn(hub_task.run(stop.all.clone()));
-    let shown = Admin { metrics: Arc::clone(&metrics), report: reported, config_hash: hash, clock };
+    let mut helping = JoinSet::new();
+    helping.spawn(reloader.run());
+    let shown = Admin { metrics: Arc::clone(&metrics), report: reported, running: running_now, clock };
     let ended = stop.all.clone();
     serving.spawn(async move {
         admin::serve(admin_socket, shown, ended).await;
     });
     helping.spawn(
         Watch {
-            config: config.readiness.clone(),
+            config: readiness_now,
             heartbeat: heartbeat.clone(),
             draining: is_draining,
             keys: Arc::clone(&keys),

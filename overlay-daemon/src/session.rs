@@ -20,7 +20,7 @@ use crate::clock::Clock;
 use crate::hub::{Batch, Input};
 use crate::kms::{KeyExchangeGroup, Verifier};
 use crate::metrics::Metrics;
-use crate::transport::{Connection, LocalConnection, TransportConfig};
+use crate::transport::{Connection, LocalConnection, Timing};
 
 /// Bytes that a read makes room for. A frame that claims more gets more as it comes, never
 /// for its claim alone.
@@ -36,7 +36,7 @@ pub struct Context {
     /// Judges capabilities.
     pub verifier: Verifier,
     /// Byte deadlines.
-    pub transport: TransportConfig,
+    pub timing: Timing,
     /// The one clock.
     pub clock: Clock,
     /// What is counted.
@@ -51,11 +51,11 @@ impl Context {
         hub: mpsc::Sender<Input>,
         sent: mpsc::Sender<SessionId>,
         verifier: Verifier,
-        transport: TransportConfig,
+        timing: Timing,
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { hub, sent, verifier, transport, clock, metrics, ids: Arc::new(AtomicU64::new(1)) }
+        Self { hub, sent, verifier, timing, clock, metrics, ids: Arc::new(AtomicU64::new(1)) }
     }
 
     /// Holds a session with the other end of `connection`, until either side ends it or the
@@ -142,7 +142,7 @@ impl Reader {
                 }
             }
             if !buf.is_empty() && deadline.is_none() {
-                deadline = Some(self.context.clock.deadline(self.context.transport.read));
+                deadline = Some(self.context.clock.deadline(self.context.timing.now().read));
             }
             buf.reserve(READ_BYTES);
             let bytes = match deadline {
@@ -183,7 +183,7 @@ async fn send_batches<W: AsyncWrite + Unpin>(
     context: Context,
 ) -> Ended {
     while let Some(batch) = batches.recv().await {
-        match timeout(context.transport.write, send(&mut write, &batch)).await {
+        match timeout(context.timing.now().write, send(&mut write, &batch)).await {
             Ok(Ok(())) => {}
             Ok(Err(_)) => return Ended::Gone,
             Err(_) => {
@@ -195,7 +195,7 @@ async fn send_batches<W: AsyncWrite + Unpin>(
             break;
         }
     }
-    let _late = timeout(context.transport.write, write.shutdown()).await;
+    let _late = timeout(context.timing.now().write, write.shutdown()).await;
     Ended::Gone
 }
 

@@ -30,7 +30,8 @@ pub(crate) fn is_accepted(world: &World) -> Result<()> {
         "--set",
         "nodeSelector.disk=fast,imagePullSecrets[0].name=registry,tolerations[0].operator=Exists",
     ];
-    for values in [&["--namespace", namespace][..], &everything] {
+    let alone = ["--namespace", namespace, "--set", "replicas=1,fullnameOverride=alone"];
+    for values in [&["--namespace", namespace][..], &everything, &alone] {
         let chart = helm_template(&world.plane, values)?;
         let arguments = ["apply", "--dry-run=server", "--validate=strict", "-f", "-"];
         let outcome = world.admin().try_run(&arguments, Some(&chart))?;
@@ -50,13 +51,16 @@ pub(crate) fn values_are_checked(world: &World) -> Result<()> {
         ("image.repository=", "repository"),
         ("image.digest=sha256:12", "digest"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
-        ("daemonImage.pullPolicy=Always", "pullPolicy"),
+        ("daemonImage.pullPolicy=Sometimes", "pullPolicy"),
         ("logging.level=loud", "level"),
         ("logging.format=xml", "format"),
         ("crd.install=maybe", "install"),
         ("trustDomain=Not A Domain", "trustDomain"),
         ("serviceAccount.create=false", "serviceAccount.name"),
-        ("replicas=2", "replicas"),
+        ("replicas=-1", "replicas"),
+        ("replicas=two", "replicas"),
+        ("monitoring.enabled=perhaps", "enabled"),
+        ("monitoring.interval=soon", "interval"),
     ] {
         let error = helm_template(&world.plane, &["--set", nonsense]).err().map(|e| format!("{e:#}"));
         let error = error.with_context(|| format!("--set {nonsense} was accepted"))?;
@@ -92,6 +96,21 @@ pub(crate) fn images_by_tag_and_digest(world: &World) -> Result<()> {
         let deployment = to_json(world, &text)?;
         assert_eq!(deployment["spec"]["template"]["spec"]["containers"][0]["image"], *expected);
     }
+    let daemon = format!("daemonImage.repository=r/d,daemonImage.tag=v9,daemonImage.digest={digest}");
+    for (values, expected) in [
+        ("replicas=2".to_owned(), vec!["--daemon-image=ghcr.io/rustyonions/overlay-daemon:0.1.0".to_owned()]),
+        (
+            format!("{daemon},daemonImage.pullPolicy=Never"),
+            vec![format!("--daemon-image=r/d@{digest}"), "--daemon-image-pull-policy=Never".to_owned()],
+        ),
+    ] {
+        let text = helm_template(&world.plane, &["--show-only", "templates/deployment.yaml", "--set", &values])?;
+        let deployment = to_json(world, &text)?;
+        let arguments =
+            deployment["spec"]["template"]["spec"]["containers"][0]["args"].as_array().context("no args")?;
+        let about = |argument: &&Value| argument.as_str().is_some_and(|a| a.starts_with("--daemon-image"));
+        assert_eq!(arguments.iter().filter(about).cloned().collect::<Vec<_>>(), expected);
+    }
     Ok(())
 }
 
@@ -108,6 +127,9 @@ pub(crate) fn rbac_grants_the_least(world: &World) -> Result<()> {
             ensure!(!word.contains('*'), "a wildcard: {rule}");
             ensure!(!["bind", "escalate", "impersonate", "delete", "deletecollection"].contains(&word), "{rule}");
         }
+        if words("resources").any(|resource| resource == "leases") && words("verbs").any(|verb| verb != "create") {
+            ensure!(words("resourceNames").eq(["overlay-operator"]), "any Lease: {rule}");
+        }
         if words("resources").any(|resource| resource == "secrets") {
             ensure!(words("verbs").all(|verb| !["list", "watch"].contains(&verb)), "{rule}");
         }
@@ -119,6 +141,10 @@ pub(crate) fn rbac_grants_the_least(world: &World) -> Result<()> {
         ("watch", "secrets", "no"),
         ("watch", "overlaynodes.overlay.rustyonions.io", "yes"),
         ("patch", "overlaynodes.overlay.rustyonions.io", "no"),
+        ("list", "pods", "yes"),
+        ("list", "events", "yes"),
+        ("create", "events", "no"),
+        ("update", "leases.coordination.k8s.io", "no"),
         ("create", "pods", "no"),
         ("delete", "statefulsets.apps", "no"),
         ("create", "clusterrolebindings.rbac.authorization.k8s.io", "no"),
@@ -136,6 +162,98 @@ pub(crate) fn rbac_grants_the_least(world: &World) -> Result<()> {
         assert_eq!(outcome.stdout.trim(), allowed, "{verb} {resource}: {}", outcome.stderr);
     }
     Ok(())
+}
+
+/// What stands only where it is asked for.
+pub(crate) fn monitors_and_replicas(world: &World) -> Result<()> {
+    let plain = documents(world, &[])?;
+    let one = documents(world, &["--set", "replicas=1"])?;
+    let find = |all: &[Value], kind: &str| all.iter().find(|document| document["kind"] == kind).cloned();
+    let deployment = find(&plain, "Deployment").context("no Deployment")?;
+    assert_eq!(
+        (&deployment["spec"]["replicas"], &deployment["spec"]["strategy"]["type"]),
+        (&2.into(), &"RollingUpdate".into())
+    );
+    let pod = &deployment["spec"]["template"]["spec"];
+    let spread = &pod["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"][0];
+    assert_eq!(spread["podAffinityTerm"]["labelSelector"], deployment["spec"]["selector"]);
+    let budget = find(&plain, "PodDisruptionBudget").context("no PodDisruptionBudget")?;
+    assert_eq!(
+        (&budget["spec"]["maxUnavailable"], &budget["spec"]["selector"]),
+        (&1.into(), &deployment["spec"]["selector"])
+    );
+    ensure!(find(&one, "PodDisruptionBudget").is_none(), "a budget over one pod stops every drain");
+    ensure!(find(&plain, "PodMonitor").is_none() && find(&plain, "ServiceMonitor").is_none());
+
+    let set = "monitoring.enabled=true,monitoring.interval=30s,monitoring.labels.release=prometheus,metrics.service.create=false";
+    let all = documents(world, &["--set", set])?;
+    let (pods, operator) = (find(&all, "PodMonitor").context("none")?, find(&all, "ServiceMonitor").context("none")?);
+    for monitor in [&pods, &operator] {
+        assert_eq!(
+            (&monitor["apiVersion"], &monitor["metadata"]["labels"]["release"]),
+            (&"monitoring.coreos.com/v1".into(), &"prometheus".into())
+        );
+    }
+    assert_eq!(pods["spec"]["namespaceSelector"]["any"], true);
+    let endpoint = &pods["spec"]["podMetricsEndpoints"][0];
+    assert_eq!((&endpoint["port"], &endpoint["interval"]), (&"overlay-admin".into(), &"30s".into()));
+    let labels = pods["spec"]["selector"]["matchLabels"].as_object().context("it selects by no label")?;
+    world.apply_node("monitored", "seen", "{replicas: 1}")?;
+    let set = world.settled("monitored", "seen")?["StatefulSet/seen"].clone();
+    let template = &set["spec"]["template"];
+    ensure!(labels.iter().all(|(key, value)| template["metadata"]["labels"][key] == *value), "{labels:?}");
+    ensure!(
+        template["spec"]["containers"][0]["ports"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .any(|p| p["name"] == endpoint["port"])
+    );
+    let service = find(&all, "Service").context("the ServiceMonitor has no Service")?;
+    let selected = operator["spec"]["selector"]["matchLabels"].as_object().context("it selects by no label")?;
+    ensure!(selected.iter().all(|(key, value)| service["metadata"]["labels"][key] == *value), "{selected:?}");
+    assert_eq!(operator["spec"]["endpoints"][0]["port"], service["spec"]["ports"][0]["name"]);
+    Ok(())
+}
+
+/// The CRD outlives the release; the same release goes on with it, and another is told how to.
+pub(crate) fn is_installed_again(world: &World) -> Result<()> {
+    world.apply_node("kept", "kept", "{replicas: 1}")?;
+    let chart = programs::repository().join("charts/overlay-operator");
+    let chart = chart.to_string_lossy();
+    let install = |release: &str, namespace: &str| {
+        // No operator beside the one of these cases.
+        let arguments = ["install", release, &*chart, "-n", namespace, "--create-namespace", "--set", "replicas=0"];
+        helm(&world.plane, &arguments)
+    };
+    let refused = |release: &str, namespace: &str, named: &str| {
+        let error = install(release, namespace).err().map(|e| format!("{e:#}")).context("helm took the CRD over")?;
+        ensure!(error.contains(named) && error.contains("crd.install=false"), "{error}");
+        // The commands that the message gives, as they stand there.
+        let commands: Vec<&str> = error.lines().filter_map(|line| line.trim().strip_prefix("kubectl ")).collect();
+        ensure!(!commands.is_empty(), "no command in: {error}");
+        commands.iter().try_for_each(|c| world.admin().run(&c.split_whitespace().collect::<Vec<_>>()).map(|_| ()))
+    };
+    refused("first", "helm-first", "was not installed by helm")?;
+    install("first", "helm-first")?;
+    for release in ["first", "second"] {
+        let namespace = format!("helm-{release}");
+        if release == "second" {
+            refused(release, &namespace, "release first in namespace helm-first")?;
+            install(release, &namespace)?;
+        }
+        helm(&world.plane, &["uninstall", release, "-n", &namespace, "--wait"])?;
+        world.admin().must_get("kept", "overlaynode", "kept")?;
+        install(release, &namespace)?;
+        helm(&world.plane, &["uninstall", release, "-n", &namespace, "--wait"])?;
+    }
+    Ok(())
+}
+
+/// The rendered chart without its CRD.
+fn documents(world: &World, arguments: &[&str]) -> Result<Vec<Value>> {
+    let text = helm_template(&world.plane, &[&["--set", "crd.install=false"], arguments].concat())?;
+    text.split("\n---\n").filter(|part| part.contains("kind:")).map(|part| Ok(serde_yaml::from_str(part)?)).collect()
 }
 
 /// Through kubectl, so that this reads YAML as the cluster does.

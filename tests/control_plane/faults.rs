@@ -45,6 +45,19 @@ pub(crate) fn foreign_child_stalls(world: &World) -> Result<()> {
     Ok(())
 }
 
+/// One reading of the message is enough to clear the way.
+pub(crate) fn every_taken_name_is_told(world: &World) -> Result<()> {
+    let (namespace, name) = ("conflicts", "twice");
+    world.namespace(namespace)?;
+    world.admin().run(&["create", "configmap", "-n", namespace, "twice-config"])?;
+    world.admin().run(&["create", "service", "clusterip", "-n", namespace, "twice-peers", "--tcp=80"])?;
+    world.apply_node(namespace, name, "{replicas: 1}")?;
+    let node = world.condition(namespace, name, "Stalled", ("True", "NameConflict"))?;
+    let message = find_condition(&node, "Stalled").context("no condition Stalled")?["message"].to_string();
+    ensure!(message.contains("ConfigMap twice-config") && message.contains("Service twice-peers"), "{message}");
+    Ok(())
+}
+
 /// Fields that are ours are put back; fields that are not are left.
 pub(crate) fn changed_child_is_put_back(world: &World) -> Result<()> {
     let (namespace, name) = ("changed", "drift");

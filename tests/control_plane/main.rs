@@ -3,9 +3,11 @@
 
 mod chart;
 mod faults;
+mod leader;
 mod manifests;
 mod mesh;
 mod pod_certificates;
+mod shortage;
 mod world;
 
 use std::process::ExitCode;
@@ -39,6 +41,14 @@ const CASES: &[Case<World>] = &[
     ("pod_certificates_only_for_the_meshs_pods", pod_certificates::only_the_meshs_pods_are_certified),
     ("pod_certificates_auto_follows_the_cluster", pod_certificates::auto_follows_the_cluster),
     ("missing_ca_is_never_replaced", faults::missing_ca_is_never_replaced),
+    ("every_taken_name_is_told", faults::every_taken_name_is_told),
+    ("shortage_quota_is_told_while_it_lasts", shortage::quota_is_told_while_it_lasts),
+    ("shortage_refused_pods_are_told", shortage::refused_pods_are_told),
+    ("leader_is_one_and_another_takes_over", leader::is_one_and_another_takes_over),
+    ("leader_without_its_lease_ends", leader::without_its_lease_ends),
+    ("leader_that_is_cut_off_ends", leader::that_is_cut_off_ends),
+    ("chart_is_installed_again_over_the_kept_crd", chart::is_installed_again),
+    ("chart_monitors_and_replicas", chart::monitors_and_replicas),
 ];
 
 fn main() -> ExitCode {

@@ -44,7 +44,7 @@ fn the_example_carries_messages_and_files() -> Result<()> {
 
     let subscriber = mesh.subscribe(&daemons[0], "news", 1)?;
     mesh.publish(&daemons[2], "news", &["hello"])?;
-    let got = subscriber.finish()?;
+    let got = subscriber.finish(LIMIT)?;
     ensure!(got == b"hello", "{:?}", String::from_utf8_lossy(&got));
 
     let file = mesh.folder().join("object");
@@ -53,7 +53,7 @@ fn the_example_carries_messages_and_files() -> Result<()> {
     fs::write(&file, &bytes)?;
     let subscriber = mesh.subscribe(&daemons[1], "files", 1)?;
     mesh.publish(&daemons[0], "files", &["--file", &file.to_string_lossy()])?;
-    let got = subscriber.finish()?;
+    let got = subscriber.finish(LIMIT)?;
     ensure!(blake3::hash(&got) == blake3::hash(&bytes), "another file arrived: {} bytes", got.len());
 
     for daemon in &daemons {
@@ -91,7 +91,7 @@ fn a_killed_daemon_rejoins() -> Result<()> {
     ensure!(exited["reason"].as_str().is_some_and(|reason| reason.contains("SIGKILL")), "{exited}");
     let subscriber = mesh.subscribe(&daemons[1], "news", 1)?;
     mesh.publish(&daemons[0], "news", &["still here"])?;
-    ensure!(subscriber.finish()? == b"still here");
+    ensure!(subscriber.finish(LIMIT)? == b"still here");
 
     ensure!(mesh.event("started")?["name"] == "mesh-2");
     wait::until_true("mesh-2 to be ready again", LIMIT, || {
@@ -99,7 +99,7 @@ fn a_killed_daemon_rejoins() -> Result<()> {
     })?;
     let subscriber = mesh.subscribe(&daemons[2], "news", 1)?;
     mesh.publish(&daemons[0], "news", &["welcome back"])?;
-    ensure!(subscriber.finish()? == b"welcome back");
+    ensure!(subscriber.finish(LIMIT)? == b"welcome back");
 
     ensure!(mesh.process_of(&daemons[2])? != victim, "a new process");
     ensure!(
@@ -183,6 +183,6 @@ fn names_are_held_and_meshes_apart() -> Result<()> {
     let subscriber = mesh.subscribe(&daemons[1], "news", 1)?;
     mesh.publish(&daemons[0], "news", &["for one"])?;
     mesh.publish(&daemons[1], "news", &["for two"])?;
-    ensure!(subscriber.finish()? == b"for two");
+    ensure!(subscriber.finish(LIMIT)? == b"for two");
     Ok(())
 }

@@ -2,4 +2,5 @@
 //! processes die.
 
 mod local;
+mod reload;
 mod sessions;

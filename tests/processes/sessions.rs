@@ -261,6 +261,25 @@ fn a_handshake_that_proves_less_is_refused() -> Result<()> {
     Ok(())
 }
 
+/// The policy is the file's, for handshakes to come; a session that is there goes on.
+#[test]
+fn a_key_exchange_policy_changes_without_a_restart() -> Result<()> {
+    let target = Target::start()?;
+    let mut session = target.local()?;
+    let classical = || Offer { groups: vec![kx_group::X25519], ..Offer::good(&target) };
+    target.counts("tls", || classical().refused(&target, &[AlertDescription::HandshakeFailure]))?;
+
+    let file = target.daemon.socket.with_file_name("overlay.toml");
+    let text = fs::read_to_string(&file)?;
+    ensure!(text.contains("\"RequireHybrid\""), "{text}");
+    fs::write(file.with_extension("new"), text.replace("RequireHybrid", "PreferHybrid"))?;
+    fs::rename(file.with_extension("new"), &file)?;
+    wait::until_true("a classical handshake to be accepted", LIMIT, || Ok(classical().greet(&target).is_ok()))?;
+    Offer::good(&target).greet(&target)?;
+    ensure!(session.start(3, &Open::Subscribe { topics: vec!["t".parse()?] }, target.token()?)? == 200);
+    Ok(())
+}
+
 /// A leaf with the daemon's own identity, by a CA of somebody else's.
 fn foreign_leaf(folder: &std::path::Path) -> Result<(PathBuf, PathBuf)> {
     use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PKCS_ED25519, SanType};

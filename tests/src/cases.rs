@@ -17,6 +17,23 @@ pub type Case<W> = (&'static str, fn(&W) -> Result<()>);
 /// Starts the world, runs the cases whose names contain one of the command line's words (all, where
 /// there is none), drops the world, and prints `N passed, N failed` as the last line.
 pub fn run<W>(start: impl FnOnce() -> Result<W>, cases: &[Case<W>]) -> ExitCode {
+    run_with(start, cases, None::<(&str, fn() -> Result<()>)>)
+}
+
+/// [`run`], and one more case once the world is gone; also where it did not start.
+pub fn run_and_then<W>(
+    start: impl FnOnce() -> Result<W>,
+    cases: &[Case<W>],
+    after: (&str, impl FnOnce() -> Result<()>),
+) -> ExitCode {
+    run_with(start, cases, Some(after))
+}
+
+fn run_with<W>(
+    start: impl FnOnce() -> Result<W>,
+    cases: &[Case<W>],
+    after: Option<(&str, impl FnOnce() -> Result<()>)>,
+) -> ExitCode {
     let words: Vec<String> = env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     let chosen: Vec<_> =
         cases.iter().filter(|(name, _)| words.is_empty() || words.iter().any(|word| name.contains(word))).collect();
@@ -25,24 +42,29 @@ pub fn run<W>(start: impl FnOnce() -> Result<W>, cases: &[Case<W>]) -> ExitCode 
         return ExitCode::SUCCESS;
     }
     let began = now();
-    let world = match start() {
-        Ok(world) => world,
+    let mut total = chosen.len().max(1);
+    let mut failed = match start() {
+        Ok(world) => {
+            println!("started in {:.1?}", began.elapsed());
+            chosen.iter().filter(|(name, case)| !passes(name, || case(&world))).count()
+        }
         Err(error) => {
-            println!("FAILED to start: {error:#}\n0 passed, {} failed", chosen.len().max(1));
-            return ExitCode::FAILURE;
+            println!("FAILED to start: {error:#}");
+            total
         }
     };
-    println!("started in {:.1?}", began.elapsed());
-    let failed = chosen.iter().filter(|(name, case)| !passes(name, &world, *case)).count();
-    drop(world);
-    println!("{} passed, {failed} failed", chosen.len() - failed);
+    if let Some((name, case)) = after {
+        total += 1;
+        failed += usize::from(!passes(name, case));
+    }
+    println!("{} passed, {failed} failed", total - failed);
     if failed == 0 && !chosen.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn passes<W>(name: &str, world: &W, case: fn(&W) -> Result<()>) -> bool {
+fn passes(name: &str, case: impl FnOnce() -> Result<()>) -> bool {
     let began = now();
     // The world is only read through shared references, and a case that broke it is reported.
-    let outcome = catch_unwind(AssertUnwindSafe(|| case(world)));
+    let outcome = catch_unwind(AssertUnwindSafe(case));
     let took = began.elapsed();
     match outcome {
         Ok(Ok(())) => {

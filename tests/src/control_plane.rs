@@ -1,6 +1,6 @@
-//! etcd, kube-apiserver and kube-controller-manager on free loopback ports, in one temporary
-//! folder, with certificates of their own. Authorisation is Node and RBAC from the start.
-//! There is no scheduler and no kubelet: pods are made, and never run.
+//! etcd, kube-apiserver and kube-controller-manager in one folder, with certificates of their
+//! own: on free loopback ports, or where a node's pods reach them. Authorisation is Node and
+//! RBAC from the start. There is no scheduler and no kubelet here: pods are made, and never run.
 
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
@@ -24,6 +24,19 @@ pub use certificates::Authority;
 const START_LIMIT: Duration = Duration::from_secs(90);
 /// Service addresses; the first is the API server's own.
 const SERVICE_RANGE: &str = "10.96.0.0/16";
+/// [`SERVICE_RANGE`]'s first.
+const SERVICE_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
+/// The API server's port beside a node.
+const NODE_SECURE_PORT: u16 = 6443;
+
+/// Who is to reach the API server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Programs on this machine, on a free port.
+    Loopback,
+    /// A kubelet and its pods too, at this address of the node.
+    Node(Ipv4Addr),
+}
 
 /// A running control plane; all of it ends when this is dropped.
 #[derive(Debug)]
@@ -36,37 +49,40 @@ pub struct ControlPlane {
     authority: Authority,
     programs: Kubernetes,
     admin: Kubectl,
-    folder: TempDir,
+    folder: PathBuf,
+    temporary: Option<TempDir>,
 }
 
 impl ControlPlane {
+    /// Starts all three on loopback, in a temporary folder.
+    pub fn start() -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("overlay-control-plane-").tempdir()?;
+        let mut plane = Self::start_in(folder.path(), Reach::Loopback)?;
+        plane.temporary = Some(folder);
+        Ok(plane)
+    }
+
     /// Starts all three and waits until the API server is ready and the controllers have begun
     /// to work.
-    pub fn start() -> Result<Self> {
-        let programs = Kubernetes::find()?;
-        let folder = tempfile::Builder::new().prefix("overlay-control-plane-").tempdir()?;
-        let at = folder.path();
-        let [etcd_client, etcd_peer, secure] = free_ports()?;
+    pub fn start_in(at: &Path, reach: Reach) -> Result<Self> {
+        let programs = Kubernetes::find(reach)?;
+        let [etcd_client, etcd_peer, free] = free_ports()?;
+        let (address, port) = match reach {
+            Reach::Loopback => (Ipv4Addr::LOCALHOST, free),
+            Reach::Node(address) => (address, NODE_SECURE_PORT),
+        };
         let authority = Authority::new("overlay-tests")?;
-        write_credentials(&authority, at)?;
-        let url = format!("https://127.0.0.1:{secure}");
-        let admin = authority.client("admin", "system:masters")?;
-        let admin = write_kubeconfig(
-            at,
-            "admin",
-            &url,
-            &authority,
-            &json!({
-                "client-certificate-data": base64(&admin.certificate),
-                "client-key-data": base64(&admin.key),
-            }),
-        )?;
+        write_credentials(&authority, address, at)?;
+        let url = format!("https://{address}:{port}");
+        let admin = Identity { url: &url, authority: &authority, folder: at }.client("admin", "system:masters")?;
 
         let etcd = start_etcd(&programs, at, etcd_client, etcd_peer)?;
-        let api_server = start_api_server(&programs, at, etcd_client, secure)?;
+        let api_server = start_api_server(&programs, at, etcd_client, reach, port)?;
         let controllers = start_controllers(&programs, at, &admin)?;
         let admin = Kubectl::new(programs.program("kubectl"), admin, at.join("kubectl-cache"));
-        let mut plane = Self { controllers, api_server, etcd, url, authority, programs, admin, folder };
+        let folder = at.to_owned();
+        let mut plane =
+            Self { controllers, api_server, etcd, url, authority, programs, admin, folder, temporary: None };
         plane.wait_until_ready()?;
         Ok(plane)
     }
@@ -78,7 +94,24 @@ impl ControlPlane {
 
     /// The folder of everything temporary.
     pub fn folder(&self) -> &Path {
-        self.folder.path()
+        &self.folder
+    }
+
+    /// Where the API server is, and who vouches for it.
+    pub fn identity(&self) -> Identity<'_> {
+        Identity { url: &self.url, authority: &self.authority, folder: &self.folder }
+    }
+
+    /// An error with the end of its log, if one of the three is no longer running.
+    pub fn check(&mut self) -> Result<()> {
+        self.etcd.check()?;
+        self.api_server.check()?;
+        self.controllers.check()
+    }
+
+    /// All three.
+    pub fn processes(&self) -> [&Process; 3] {
+        [&self.etcd, &self.api_server, &self.controllers]
     }
 
     /// The Kubernetes programs.
@@ -86,18 +119,25 @@ impl ControlPlane {
         &self.programs
     }
 
+    /// The API server answers nobody until [`Self::thaw_api_server`]; no connection breaks.
+    pub fn freeze_api_server(&self) {
+        self.api_server.signal(rustix::process::Signal::STOP);
+    }
+
+    /// It goes on where it was.
+    pub fn thaw_api_server(&self) {
+        self.api_server.signal(rustix::process::Signal::CONT);
+    }
+
     /// kubectl with a bearer token, for a service account.
     pub fn with_token(&self, name: &str, token: &str) -> Result<Kubectl> {
-        let user = json!({ "token": token });
-        let path = write_kubeconfig(self.folder.path(), name, &self.url, &self.authority, &user)?;
-        Ok(Kubectl::new(self.programs.program("kubectl"), path, self.folder.path().join("kubectl-cache")))
+        let path = self.identity().kubeconfig(name, &json!({ "token": token }))?;
+        Ok(Kubectl::new(self.programs.program("kubectl"), path, self.folder.join("kubectl-cache")))
     }
 
     fn wait_until_ready(&mut self) -> Result<()> {
         wait::until("the control plane", START_LIMIT, || {
-            self.etcd.check()?;
-            self.api_server.check()?;
-            self.controllers.check()?;
+            self.check()?;
             let ready = self.admin.try_run(&["get", "--raw", "/readyz"], None)?;
             if !ready.ok {
                 return Ok(Look::NotYet(ready.stderr));
@@ -123,12 +163,12 @@ fn start_etcd(programs: &Kubernetes, at: &Path, client: u16, peer: u16) -> Resul
     })
 }
 
-fn start_api_server(programs: &Kubernetes, at: &Path, etcd: u16, secure: u16) -> Result<Process> {
+fn start_api_server(programs: &Kubernetes, at: &Path, etcd: u16, reach: Reach, secure: u16) -> Result<Process> {
     Process::start("kube-apiserver", &programs.program("kube-apiserver"), &at.join("kube-apiserver.log"), |command| {
         command
             .arg(format!("--etcd-servers=http://127.0.0.1:{etcd}"))
             .arg(format!("--secure-port={secure}"))
-            .args(["--bind-address=127.0.0.1", "--endpoint-reconciler-type=none", "--authorization-mode=Node,RBAC"])
+            .arg("--authorization-mode=Node,RBAC")
             .arg(format!("--service-cluster-ip-range={SERVICE_RANGE}"))
             .arg("--service-account-issuer=https://kubernetes.default.svc")
             .arg(flag(at, "client-ca-file", "ca.crt"))
@@ -136,6 +176,16 @@ fn start_api_server(programs: &Kubernetes, at: &Path, etcd: u16, secure: u16) ->
             .arg(flag(at, "tls-private-key-file", "server.key"))
             .arg(flag(at, "service-account-key-file", "service-accounts.pub"))
             .arg(flag(at, "service-account-signing-key-file", "service-accounts.key"));
+        match reach {
+            Reach::Loopback => command.args(["--bind-address=127.0.0.1", "--endpoint-reconciler-type=none"]),
+            Reach::Node(address) => command
+                .args(["--bind-address=0.0.0.0", "--enable-admission-plugins=NodeRestriction"])
+                .arg(format!("--advertise-address={address}"))
+                // The node's name is in nobody's DNS: logs and exec go to its address.
+                .arg("--kubelet-preferred-address-types=InternalIP")
+                .arg(flag(at, "kubelet-client-certificate", "kubelet-client.crt"))
+                .arg(flag(at, "kubelet-client-key", "kubelet-client.key")),
+        };
     })
 }
 
@@ -154,13 +204,16 @@ fn flag(at: &Path, name: &str, file: &str) -> String {
     format!("--{name}={}", at.join(file).display())
 }
 
-fn write_credentials(authority: &Authority, at: &Path) -> Result<()> {
-    let server = authority.server()?;
+fn write_credentials(authority: &Authority, address: Ipv4Addr, at: &Path) -> Result<()> {
+    let server = authority.server(&[Ipv4Addr::LOCALHOST, SERVICE_ADDRESS, address])?;
+    let kubelet_client = authority.client("kube-apiserver-kubelet-client", "system:masters")?;
     let (signing, verifying) = certificates::signing_keys()?;
     for (file, text) in [
         ("ca.crt", authority.certificate()),
         ("server.crt", &server.certificate),
         ("server.key", &server.key),
+        ("kubelet-client.crt", &kubelet_client.certificate),
+        ("kubelet-client.key", &kubelet_client.key),
         ("service-accounts.key", &signing),
         ("service-accounts.pub", &verifying),
     ] {
@@ -169,25 +222,39 @@ fn write_credentials(authority: &Authority, at: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A kubeconfig is YAML, of which JSON is a part.
-fn write_kubeconfig(
-    at: &Path,
-    name: &str,
-    url: &str,
-    authority: &Authority,
-    user: &serde_json::Value,
-) -> Result<PathBuf> {
-    let config = json!({
-        "apiVersion": "v1", "kind": "Config", "current-context": "tests",
-        "clusters": [{"name": "tests", "cluster": {
-            "server": url, "certificate-authority-data": base64(authority.certificate()),
-        }}],
-        "users": [{"name": name, "user": user}],
-        "contexts": [{"name": "tests", "context": {"cluster": "tests", "user": name}}],
-    });
-    let path = at.join(format!("{name}.kubeconfig"));
-    fs::write(&path, serde_json::to_vec_pretty(&config)?).with_context(|| format!("writing {}", path.display()))?;
-    Ok(path)
+/// Makes kubeconfigs for one API server.
+#[derive(Clone, Copy, Debug)]
+pub struct Identity<'a> {
+    url: &'a str,
+    authority: &'a Authority,
+    folder: &'a Path,
+}
+
+impl Identity<'_> {
+    /// The kubeconfig of a user in a group, by client certificate.
+    pub fn client(&self, user: &str, group: &str) -> Result<PathBuf> {
+        let credentials = self.authority.client(user, group)?;
+        let user_data = json!({
+            "client-certificate-data": base64(&credentials.certificate),
+            "client-key-data": base64(&credentials.key),
+        });
+        self.kubeconfig(&user.replace(':', "-"), &user_data)
+    }
+
+    /// A kubeconfig is YAML, of which JSON is a part.
+    fn kubeconfig(&self, name: &str, user: &serde_json::Value) -> Result<PathBuf> {
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "tests",
+            "clusters": [{"name": "tests", "cluster": {
+                "server": self.url, "certificate-authority-data": base64(self.authority.certificate()),
+            }}],
+            "users": [{"name": name, "user": user}],
+            "contexts": [{"name": "tests", "context": {"cluster": "tests", "user": name}}],
+        });
+        let path = self.folder.join(format!("{name}.kubeconfig"));
+        fs::write(&path, serde_json::to_vec_pretty(&config)?).with_context(|| format!("writing {}", path.display()))?;
+        Ok(path)
+    }
 }
 
 /// Standard base64, through the encoder that Kubernetes's own types bring.

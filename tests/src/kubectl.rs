@@ -12,6 +12,8 @@ use serde_json::Value;
 /// kubectl with a kubeconfig.
 #[derive(Clone, Debug)]
 pub struct Kubectl {
+    /// The process in whose network it runs; none means this one's.
+    network_of: Option<u32>,
     program: PathBuf,
     kubeconfig: PathBuf,
     cache: PathBuf,
@@ -31,7 +33,26 @@ pub struct Outcome {
 impl Kubectl {
     /// `cache` is a folder for kubectl's discovery cache.
     pub fn new(program: PathBuf, kubeconfig: PathBuf, cache: PathBuf) -> Self {
-        Self { program, kubeconfig, cache }
+        Self { network_of: None, program, kubeconfig, cache }
+    }
+
+    /// The same in the network of another process.
+    pub fn inside(pid: u32, program: PathBuf, kubeconfig: PathBuf, cache: PathBuf) -> Self {
+        Self { network_of: Some(pid), program, kubeconfig, cache }
+    }
+
+    /// kubectl with its kubeconfig, ready for arguments.
+    pub fn command(&self) -> Command {
+        let mut command = match self.network_of {
+            None => Command::new(&self.program),
+            Some(pid) => {
+                let mut command = Command::new("nsenter");
+                command.args([&format!("--target={pid}"), "--net", "--"]).arg(&self.program);
+                command
+            }
+        };
+        command.arg("--kubeconfig").arg(&self.kubeconfig).arg("--cache-dir").arg(&self.cache);
+        command
     }
 
     /// The kubeconfig's path.
@@ -41,11 +62,8 @@ impl Kubectl {
 
     /// Runs kubectl and returns what came, also when it failed.
     pub fn try_run(&self, arguments: &[&str], input: Option<&str>) -> Result<Outcome> {
-        let mut child = Command::new(&self.program)
-            .arg("--kubeconfig")
-            .arg(&self.kubeconfig)
-            .arg("--cache-dir")
-            .arg(&self.cache)
+        let mut child = self
+            .command()
             .args(arguments)
             .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
             .stdout(Stdio::piped())

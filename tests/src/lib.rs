@@ -1,12 +1,14 @@
 //! What the whole-program tests share: where the built programs are, a child process that
-//! never outlives its test, polling to a deadline, and a Kubernetes control plane on loopback.
+//! never outlives its test, polling to a deadline, a Kubernetes control plane on loopback, and a Kubernetes node.
 //! It asserts nothing; the test targets beside it do.
 
 pub mod cases;
+pub mod cluster;
 pub mod control_plane;
 pub mod http;
 pub mod kubectl;
 pub mod operator;
 pub mod process;
 pub mod programs;
+pub mod subscriber;
 pub mod wait;

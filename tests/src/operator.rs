@@ -26,10 +26,16 @@ pub const CRD: &str = "crds/overlaynodes.overlay.rustyonions.io.yaml";
 const READY_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
+/// What an operator is ready for, as its `/readyz` has it.
+pub const LEADER: &str = "leader";
+/// Ready to take over.
+pub const STANDBY: &str = "standby";
+
 /// The installed operator; running or stopped.
 #[derive(Debug)]
 pub struct Operator {
     program: PathBuf,
+    folder: PathBuf,
     log: PathBuf,
     arguments: Vec<String>,
     environment: Vec<(String, String)>,
@@ -58,6 +64,7 @@ impl Operator {
         let token = admin.run(&["create", "token", "-n", NAMESPACE, account, "--duration=2h"])?;
         let mut operator = Self {
             program: programs::built("overlay-operator")?,
+            folder: plane.folder().to_owned(),
             log: plane.folder().join("overlay-operator.log"),
             arguments: strings(&container["args"]),
             environment: environment(&container["env"])?,
@@ -69,18 +76,46 @@ impl Operator {
         Ok(operator)
     }
 
-    /// Starts it and waits until `/readyz` says so.
+    /// Another replica of the same Deployment, not started yet.
+    pub fn another(&self, pod: &str) -> Result<Self> {
+        let [port] = free_ports()?;
+        let (mine, its) = (format!(":{}", self.address.port()), format!(":{port}"));
+        let admin = |argument: &String| match argument.strip_prefix("--admin-addr=") {
+            Some(_) => argument.replace(&mine, &its),
+            None => argument.clone(),
+        };
+        let named = |(name, value): &(String, String)| {
+            (name.clone(), if name == "POD_NAME" { pod.to_owned() } else { value.clone() })
+        };
+        Ok(Self {
+            program: self.program.clone(),
+            folder: self.folder.clone(),
+            log: self.folder.join(format!("{pod}.log")),
+            arguments: self.arguments.iter().map(admin).collect(),
+            environment: self.environment.iter().map(named).collect(),
+            address: (Ipv4Addr::LOCALHOST, port).into(),
+            identity: self.identity.clone(),
+            process: None,
+        })
+    }
+
+    /// Starts it and waits until it leads, and `/readyz` says so.
     pub fn start(&mut self) -> Result<()> {
+        self.start_as(LEADER)
+    }
+
+    /// Starts it and waits until `/readyz` says that it is ready for `role`.
+    pub fn start_as(&mut self, role: &str) -> Result<()> {
         let prepare = |command: &mut Command| {
             command.args(&self.arguments).envs(self.environment.iter().map(|(name, value)| (name, value)));
             command.env("KUBECONFIG", self.identity.kubeconfig());
         };
         let mut process = Process::start("overlay-operator", &self.program, &self.log, prepare)?;
-        let address = self.address;
+        let (address, role) = (self.address, format!("\"role\":\"{role}\""));
         wait::until("the operator to be ready", READY_LIMIT, || {
             process.check()?;
             Ok(match http::get(address, "/readyz") {
-                Ok(answer) if answer.status == 200 => Look::Holds(()),
+                Ok(answer) if answer.status == 200 && answer.body.contains(&role) => Look::Holds(()),
                 Ok(answer) => Look::NotYet(answer.body),
                 Err(error) => Look::NotYet(error.to_string()),
             })
@@ -95,6 +130,25 @@ impl Operator {
         let mut process = self.process.take().context("the operator is not running")?;
         process.signal(rustix::process::Signal::TERM);
         process.wait(STOP_LIMIT)
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("the operator is not running")?;
+        process.signal(rustix::process::Signal::KILL);
+        process.wait(STOP_LIMIT).map(|_| ())
+    }
+
+    /// Waits until it ends by itself.
+    pub fn ends(&mut self) -> Result<ExitStatus> {
+        let mut process = self.process.take().context("the operator is not running")?;
+        process.wait(STOP_LIMIT)
+    }
+
+    /// Whether it is ready for `role`.
+    pub fn is(&self, role: &str) -> bool {
+        let answer = http::get(self.address, "/readyz");
+        answer.is_ok_and(|a| a.status == 200 && a.body.contains(&format!("\"role\":\"{role}\"")))
     }
 
     /// The service account's own kubectl.
@@ -157,6 +211,7 @@ fn environment(list: &Value) -> Result<Vec<(String, String)>> {
         let value = match (variable["value"].as_str(), field) {
             (Some(value), _) => value,
             (None, Some("metadata.namespace")) => NAMESPACE,
+            (None, Some("metadata.name")) => "overlay-operator-one",
             _ => bail!("the Deployment's variable {name} has a source that these tests do not know"),
         };
         environment.push((name.to_owned(), value.to_owned()));

@@ -3,7 +3,6 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -84,6 +83,12 @@ impl Process {
         if let Ok(status) = self.wait(GRACE) {
             return Ok(status);
         }
+        eprintln!("{} does not end on SIGTERM and is killed", self.name);
+        self.kill()
+    }
+
+    /// SIGKILL. Says how it ended.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
         self.child.kill()?;
         let status = self.child.wait()?;
         self.ended = Some(status);
@@ -115,12 +120,8 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        match self.stop() {
-            Ok(status) if status.signal() == Some(Signal::KILL.as_raw()) => {
-                eprintln!("{} did not end on SIGTERM and was killed", self.name);
-            }
-            Ok(_) => {}
-            Err(error) => eprintln!("stopping {}: {error}", self.name),
+        if let Err(error) = self.stop() {
+            eprintln!("stopping {}: {error}", self.name);
         }
     }
 }

@@ -6,6 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::control_plane::Reach;
+
 /// The repository's root.
 pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
@@ -15,8 +17,9 @@ pub fn repository() -> &'static Path {
 /// and into the same target folder as the test that asks.
 pub fn built(name: &str) -> Result<PathBuf> {
     let test = env::current_exe().context("the path of the running test")?;
-    // TARGET/debug/deps/control_plane-HASH -> TARGET/debug
-    let folder = test.ancestors().nth(2).context("a test binary lies two folders below the target folder")?;
+    // TARGET/debug/deps/control_plane-HASH, or TARGET/debug/cluster -> TARGET/debug
+    let folder = test.parent().context("a program lies in a folder")?;
+    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
     let program = folder.join(name);
     if !program.is_file() {
         bail!(
@@ -34,10 +37,14 @@ pub struct Kubernetes {
 }
 
 impl Kubernetes {
-    /// Asks the build script for the folder. With nothing cached this takes ten minutes.
-    pub fn find() -> Result<Self> {
+    /// Asks the build script for the folder. With nothing cached this takes ten minutes and more.
+    pub fn find(reach: Reach) -> Result<Self> {
         let script = repository().join("tests/kubernetes/build");
         let output = Command::new(&script)
+            .arg(match reach {
+                Reach::Loopback => "control-plane",
+                Reach::Node(_) => "cluster",
+            })
             .stderr(std::process::Stdio::inherit())
             .output()
             .with_context(|| format!("running {}", script.display()))?;

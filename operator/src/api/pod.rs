@@ -53,6 +53,14 @@ impl PullPolicy {
     }
 }
 
+impl std::str::FromStr for PullPolicy {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let all = [Self::Always, Self::IfNotPresent, Self::Never];
+        all.into_iter().find(|policy| policy.as_str() == text).ok_or("must be Always, IfNotPresent or Never")
+    }
+}
+
 /// A Secret of the same namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SecretName {

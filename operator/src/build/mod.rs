@@ -11,4 +11,4 @@ pub mod workload;
 pub use config::{daemon_config, effective, min_peers, peers_config};
 pub use objects::{BuildError, Credentials, Inputs, LeafSecret, MAX_CONFIG, Objects, objects, pod_template};
 pub use placement::*;
-pub use workload::{image, source_of};
+pub use workload::{image, pull_policy, source_of};

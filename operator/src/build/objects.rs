@@ -16,7 +16,7 @@ use kube::Resource;
 use overlay_core::config::{DaemonConfig, PeersConfig};
 
 use super::{labels, names, placement, workload};
-use crate::api::{OverlayNode, TlsSource};
+use crate::api::{OverlayNode, PullPolicy, TlsSource};
 
 /// Most bytes of configuration that one ConfigMap is given; the API server takes 1 MiB with
 /// everything around it.
@@ -65,6 +65,8 @@ pub struct Inputs<'a> {
     pub peers: &'a [PeersConfig],
     /// The image, resolved.
     pub image: &'a str,
+    /// When it is pulled; the kubelet's own default where this is none.
+    pub pull_policy: Option<PullPolicy>,
     /// Where the certificate comes from.
     pub source: TlsSource,
     /// Certificate and tokens.
@@ -147,10 +149,11 @@ pub fn pod_template(
     node: &OverlayNode,
     config: &DaemonConfig,
     image: &str,
+    pull_policy: Option<PullPolicy>,
     source: TlsSource,
 ) -> Result<PodTemplateSpec, BuildError> {
     let hash = config.hash().map_err(|e| BuildError::Toml(e.to_string()))?;
-    let inputs = Inputs { node, config, peers: &[], image, source, credentials: &Credentials::default() };
+    let inputs = Inputs { node, config, peers: &[], image, pull_policy, source, credentials: &Credentials::default() };
     Ok(workload::stateful_set(&inputs, &hash).spec.map(|spec| spec.template).unwrap_or_default())
 }
 

@@ -16,7 +16,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use super::labels::{self, labels, selector};
 use super::objects::{Inputs, metadata};
 use super::{names, placement};
-use crate::api::{OverlayNode, TlsSource};
+use crate::api::{OverlayNode, PullPolicy, TlsSource};
 use crate::trust::LEAF_LIFETIME;
 
 /// User and group of the daemon: the number that images without users have for "nobody".
@@ -144,7 +144,7 @@ fn container(inputs: &Inputs<'_>) -> Container {
     Container {
         name: text(names::CONTAINER),
         image: Some(text(inputs.image)),
-        image_pull_policy: pull_policy(inputs.node),
+        image_pull_policy: inputs.pull_policy.map(|policy| policy.as_str().to_owned()),
         command: Some(vec![text("overlay-daemon")]),
         args: Some(vec![
             text("run"),
@@ -193,8 +193,10 @@ fn container(inputs: &Inputs<'_>) -> Container {
     }
 }
 
-fn pull_policy(node: &OverlayNode) -> Option<String> {
-    node.spec.image.as_ref().and_then(|image| image.pull_policy).map(|policy| policy.as_str().to_owned())
+/// When the kubelet pulls the image of `node`: as the spec says, or else as the installation does.
+#[must_use]
+pub fn pull_policy(node: &OverlayNode, default: Option<PullPolicy>) -> Option<PullPolicy> {
+    node.spec.image.as_ref().and_then(|image| image.pull_policy).or(default)
 }
 
 fn probe(path: &str, period: i32, failures: i32) -> Probe {

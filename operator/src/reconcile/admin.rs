@@ -2,7 +2,7 @@
 //! what ready means for the operator; reports, and changes nothing.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::extract::State;
@@ -36,10 +36,33 @@ impl Watch {
         [Self::OverlayNode, Self::StatefulSet, Self::ConfigMap, Self::Service, Self::ServiceAccount];
 }
 
-/// Whether the watches are up. Times are milliseconds since the operator started.
+/// What an operator does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Waits for the lease.
+    Standby,
+    /// Reconciles.
+    Leader,
+}
+
+impl Role {
+    /// As `/readyz` has it.
+    #[must_use]
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Standby => "standby",
+            Self::Leader => "leader",
+        }
+    }
+}
+
+/// Whether the operator does its part: a leader watches, a standby can take over. Times are milliseconds since the operator started.
 pub(super) struct Health {
     started: Instant,
     watches: [WatchState; Watch::ALL.len()],
+    role: AtomicU8,
+    /// A standby could read the lease when it last tried.
+    lease_read: AtomicBool,
     stopping: AtomicBool,
 }
 
@@ -51,10 +74,32 @@ struct WatchState {
 }
 
 impl Health {
-    /// Nothing has synced yet.
+    /// A standby that has read nothing yet.
     #[must_use]
     pub(super) fn new(now: Instant) -> Self {
-        Self { started: now, watches: Default::default(), stopping: AtomicBool::new(false) }
+        Self {
+            started: now,
+            watches: Default::default(),
+            role: AtomicU8::new(Role::Standby as u8),
+            lease_read: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    /// It leads from now on, to its end.
+    pub(super) fn handle_leading(&self) {
+        self.role.store(Role::Leader as u8, Ordering::Release);
+    }
+
+    /// A standby looked at the lease, and could or could not read it.
+    pub(super) fn handle_lease(&self, read: bool) {
+        self.lease_read.store(read, Ordering::Release);
+    }
+
+    /// What it does now.
+    #[must_use]
+    pub(super) fn role(&self) -> Role {
+        if self.role.load(Ordering::Acquire) == Role::Leader as u8 { Role::Leader } else { Role::Standby }
     }
 
     /// The cache of `watch` holds what the API server has.
@@ -80,9 +125,21 @@ impl Health {
     /// What is missing; ready when empty.
     #[must_use]
     pub(super) fn missing(&self, now: Instant) -> Vec<String> {
+        let mut missing = match self.role() {
+            Role::Leader => self.missing_watches(now),
+            Role::Standby if self.lease_read.load(Ordering::Acquire) => Vec::new(),
+            Role::Standby => vec!["lease: cannot be read".to_owned()],
+        };
+        if self.stopping.load(Ordering::Acquire) {
+            missing.push("stopping".to_owned());
+        }
+        missing
+    }
+
+    fn missing_watches(&self, now: Instant) -> Vec<String> {
         let now = self.millis(now);
         let broken = u64::try_from(BROKEN_FOR.as_millis()).unwrap_or(u64::MAX);
-        let watches = Watch::ALL.into_iter().filter_map(|watch| {
+        let missing = Watch::ALL.into_iter().filter_map(|watch| {
             let state = &self.watches[watch as usize];
             let failed_at = state.failed_at.load(Ordering::Acquire);
             if !state.synced.load(Ordering::Acquire) {
@@ -93,8 +150,7 @@ impl Health {
                 None
             }
         });
-        let stopping = self.stopping.load(Ordering::Acquire).then(|| "stopping".to_owned());
-        watches.chain(stopping).collect()
+        missing.collect()
     }
 
     fn millis(&self, now: Instant) -> u64 {
@@ -137,10 +193,11 @@ async fn metrics(State(shown): State<Shown>) -> impl IntoResponse {
 
 async fn readyz(State(shown): State<Shown>) -> impl IntoResponse {
     let missing = shown.health.missing(Instant::now());
+    let role = shown.health.role().as_str();
     if missing.is_empty() {
-        return (StatusCode::OK, Json(json!({"ready": true})));
+        return (StatusCode::OK, Json(json!({"ready": true, "role": role})));
     }
-    (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"ready": false, "missing": missing})))
+    (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"ready": false, "role": role, "missing": missing})))
 }
 
 #[cfg(test)]
@@ -153,7 +210,11 @@ mod tests {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let health = Health::new(start);
-        assert_eq!(health.missing(at(0)).len(), Watch::ALL.len());
+        assert_eq!(health.missing(at(0)), ["lease: cannot be read"]);
+        health.handle_lease(true);
+        assert_eq!((health.missing(at(0)), health.role()), (Vec::new(), Role::Standby), "ready to take over");
+        health.handle_leading();
+        assert_eq!((health.missing(at(0)).len(), health.role()), (Watch::ALL.len(), Role::Leader));
         for watch in Watch::ALL {
             health.handle_synced(watch);
         }

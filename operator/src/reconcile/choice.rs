@@ -65,7 +65,9 @@ fn source_of_set(set: &StatefulSet) -> TlsSource {
 fn rolls(context: &Context, node: &OverlayNode, set: &StatefulSet) -> bool {
     let standing = source_of_set(set);
     let config = build::daemon_config(node, &Placement::pod(node, standing));
-    let wanted = build::pod_template(node, &config, &build::image(node, &context.daemon_image), standing);
+    let (image, policy) =
+        (build::image(node, &context.daemon_image), build::pull_policy(node, context.daemon_pull_policy));
+    let wanted = build::pod_template(node, &config, &image, policy, standing);
     // What cannot be built is not rolled either.
     let (Ok(wanted), Some(spec)) = (wanted.map(serde_json::to_value), &set.spec) else { return false };
     match (wanted, serde_json::to_value(&spec.template)) {
@@ -97,7 +99,7 @@ mod tests {
     fn set(source: TlsSource, settled: bool) -> StatefulSet {
         let node = OverlayNode::new("mesh", crate::api::OverlayNodeSpec::default());
         let config = build::daemon_config(&node, &Placement::pod(&node, source));
-        let template = build::pod_template(&node, &config, "x", source).unwrap();
+        let template = build::pod_template(&node, &config, "x", None, source).unwrap();
         let revision = |name: &str| Some(name.to_owned());
         StatefulSet {
             spec: Some(StatefulSetSpec { template, ..Default::default() }),

@@ -6,8 +6,8 @@
 //! Secrets are never cached: they are read by name.
 
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{ConfigMap, Secret, Service, ServiceAccount};
-use kube::api::{Api, ApiResource, DynamicObject};
+use k8s_openapi::api::core::v1::{ConfigMap, Event, Secret, Service, ServiceAccount};
+use kube::api::{Api, ApiResource, DynamicObject, ListParams};
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Client, Resource};
 use serde::Serialize;
@@ -16,6 +16,9 @@ use serde_json::Value;
 
 use super::plan::{Kind, Wanted};
 use crate::api::OverlayNode;
+
+/// Events of one object that are read: alike ones are counted in one, and they go after an hour.
+const EVENTS: u32 = 200;
 
 /// The watched objects.
 pub(super) struct Caches {
@@ -108,4 +111,19 @@ where
         + std::fmt::Debug,
 {
     Api::<K>::namespaced(client.clone(), namespace).get_opt(name).await
+}
+
+/// The events about the objects of these UIDs.
+///
+/// # Errors
+/// As [`live`].
+pub(super) async fn events(client: &Client, namespace: &str, about: &[String]) -> Result<Vec<Event>, kube::Error> {
+    let api: Api<Event> = Api::namespaced(client.clone(), namespace);
+    let lists = about.iter().map(|uid| {
+        let params = ListParams::default().fields(&format!("involvedObject.uid={uid}")).limit(EVENTS);
+        let api = &api;
+        async move { api.list(&params).await }
+    });
+    let lists = futures::future::try_join_all(lists).await?;
+    Ok(lists.into_iter().flat_map(|list| list.items).collect())
 }

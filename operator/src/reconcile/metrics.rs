@@ -95,6 +95,10 @@ pub(super) struct Metrics {
     pub watch_errors: IntCounter,
     /// OverlayNodes in the operator's cache.
     pub nodes: IntGauge,
+    /// 1 while this operator leads.
+    pub leader: IntGauge,
+    /// Mutating requests held back, since the lease may have run out.
+    pub writes_refused: IntCounter,
 }
 
 impl Metrics {
@@ -143,9 +147,14 @@ impl Metrics {
             tokens: counter("overlay_operator_tokens_issued_total", "Sets of capability tokens issued.")?,
             watch_errors: counter("overlay_operator_watch_errors_total", "Watches of the API server that broke off.")?,
             nodes: IntGauge::new("overlay_operator_overlaynodes", "OverlayNodes that the operator looks after.")?,
+            leader: IntGauge::new("overlay_operator_leader", "1 while this operator leads, 0 while it stands by.")?,
+            writes_refused: counter(
+                "overlay_operator_writes_refused_total",
+                "Mutating requests not sent, since the lease may have run out.",
+            )?,
             registry,
         };
-        let all: [Box<dyn Collector>; 9] = [
+        let all: [Box<dyn Collector>; 11] = [
             Box::new(writes),
             Box::new(reconciles),
             Box::new(answers),
@@ -155,6 +164,8 @@ impl Metrics {
             Box::new(metrics.tokens.clone()),
             Box::new(metrics.watch_errors.clone()),
             Box::new(metrics.nodes.clone()),
+            Box::new(metrics.leader.clone()),
+            Box::new(metrics.writes_refused.clone()),
         ];
         for collector in all {
             metrics.registry.register(collector)?;
@@ -216,6 +227,8 @@ mod tests {
             "overlay_operator_reconcile_duration_seconds_count 1",
             "overlay_operator_watch_errors_total 0",
             "overlay_operator_certificate_requests_total{result=\"denied\"} 0",
+            "overlay_operator_leader 0",
+            "overlay_operator_writes_refused_total 0",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
         }

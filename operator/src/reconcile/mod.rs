@@ -15,6 +15,8 @@
 //! | core | `services` | get, list, watch, create, patch | NAME, NAME-peers |
 //! | core | `serviceaccounts` | get, list, watch, create, patch | NAME |
 //! | core | `secrets` | get, create, patch | NAME-tls, NAME-token: read by name, never listed or watched |
+//! | core | `pods` | list | why daemons are not ready, only while they are not |
+//! | core | `events` | list | as pods, and why pods are refused |
 //! | core | `pods` | get | whether a pod that asks for a certificate is an OverlayNode's |
 //! | core | `nodes` | list | whether every kubelet is new enough to ask |
 //! | `certificates.k8s.io` | `podcertificaterequests` | get, list, watch | what pods ask for |
@@ -28,6 +30,9 @@
 //! `overlay-ca` and `overlay-token-root`, and `create`, which cannot be limited by name. The
 //! ClusterRole above implies both; the Role stands for installations that narrow the first.
 //!
+//! In the operator's own namespace (Role): `coordination.k8s.io` `leases` get and update, limited
+//! by `resourceNames` to the operator's own, and `create`, which cannot be limited by name.
+//!
 //! Server-side apply of an object that is absent takes `create` besides `patch`. Nothing is
 //! deleted: children go with their owner. `blockOwnerDeletion` is not set, so
 //! `overlaynodes/finalizers` is not needed.
@@ -35,15 +40,21 @@
 mod admin;
 mod apply;
 mod backoff;
+mod causes;
 mod choice;
 mod cluster;
 mod credentials;
 mod dereference;
 mod installation;
+mod lease;
+mod look;
 mod metrics;
 mod node;
 mod plan;
+mod pods;
 mod quantity;
+mod serve;
+mod shortage;
 mod sign;
 mod source;
 mod status;
@@ -55,19 +66,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{FutureExt, StreamExt};
-use kube::Client;
+use kube::client::ClientBuilder;
 use kube::runtime::controller::{self, Action, Controller};
+use kube::{Client, Config};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
-use crate::api::OverlayNode;
-use crate::build::names;
+use crate::api::{OverlayNode, PullPolicy};
+use crate::build::{labels, names};
 use admin::{Health, Shown};
 use backoff::Backoff;
+pub use lease::LeaseLost;
+use lease::{Candidate, Gate};
 use metrics::{Ended, Metrics};
 use node::Context;
 
@@ -86,12 +100,27 @@ pub struct Args {
     /// Namespace of the operator itself, which holds the installation's CA and token root
     #[arg(long, env = "POD_NAMESPACE", default_value = "overlay-system")]
     pub namespace: String,
+    /// Reconcile only while holding the Lease; false where this is the only operator
+    #[arg(
+        long, env = "OVERLAY_LEADER_ELECT", default_value_t = true, value_name = "BOOL", num_args = 0..=1,
+        require_equals = true, default_missing_value = "true", action = clap::ArgAction::Set
+    )]
+    pub leader_elect: bool,
+    /// Name of the Lease in the operator's namespace
+    #[arg(long, env = "OVERLAY_LEASE_NAME", default_value = labels::OPERATOR)]
+    pub lease_name: String,
+    /// Name of this operator's pod, by which the Lease names its holder
+    #[arg(long, env = "POD_NAME", default_value = labels::OPERATOR)]
+    pub pod_name: String,
     /// Trust domain of every identity; changing it later reissues all certificates
     #[arg(long, env = "OVERLAY_TRUST_DOMAIN", default_value = names::DEFAULT_TRUST_DOMAIN, value_parser = names::trust_domain)]
     pub trust_domain: String,
     /// Image of OverlayNodes without spec.image
     #[arg(long, env = "OVERLAY_DAEMON_IMAGE", default_value = concat!("overlay-daemon:", env!("CARGO_PKG_VERSION")))]
     pub daemon_image: String,
+    /// When the kubelet pulls it, for OverlayNodes without spec.image.pullPolicy: Always, IfNotPresent or Never
+    #[arg(long, env = "OVERLAY_DAEMON_IMAGE_PULL_POLICY", value_name = "POLICY")]
+    pub daemon_image_pull_policy: Option<PullPolicy>,
     /// Where /metrics, /healthz, /readyz and /version are served
     #[arg(long, env = "OVERLAY_ADMIN_ADDR", default_value = "0.0.0.0:8080")]
     pub admin_addr: SocketAddr,
@@ -146,23 +175,26 @@ pub enum RunError {
     /// A second signal came while work was being finished.
     #[error("aborted by a second signal")]
     Aborted,
+    /// Another operator leads, or may by now.
+    #[error("lost the lease: {0}; the next start stands by")]
+    LeaseLost(#[from] LeaseLost),
     /// A part of the operator ended by itself.
     #[error("{0} ended by itself")]
     Ended(&'static str),
 }
 
-/// Reconciles until SIGTERM or Ctrl-C; what has begun is finished first.
+/// Stands by until the lease is ours, then reconciles until SIGTERM or Ctrl-C; what has begun
+/// is finished first.
 ///
 /// # Errors
-/// It could not start, or a part of it ended by itself.
+/// It could not start, lost the lease, or a part of it ended by itself.
 pub async fn run(args: Args) -> Result<(), RunError> {
     log_to_stderr(&args);
-    let client = Client::try_default().await.map_err(RunError::Client)?;
     let metrics = Arc::new(Metrics::new()?);
     let health = Arc::new(Health::new(Instant::now()));
-    let stop = CancellationToken::new();
-    let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signals)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signals)?;
+    let gate = Arc::new(Gate::new(Instant::now(), metrics.writes_refused.clone()));
+    let (ungated, client) = clients(&gate).await.map_err(RunError::Client)?;
+    let mut signals = Signals::new().map_err(RunError::Signals)?;
     let listen = |source| RunError::Listen { address: args.admin_addr, source };
     let listener = TcpListener::bind(args.admin_addr).await.map_err(listen)?;
     let bound = listener.local_addr().map_err(listen)?;
@@ -172,34 +204,109 @@ pub async fn run(args: Args) -> Result<(), RunError> {
     let admin_stop = CancellationToken::new();
     let mut tasks = JoinSet::new();
     let router = admin::router(Shown { health: health.clone(), metrics: metrics.clone() });
-    let admin_stopped = admin_stop.clone().cancelled_owned();
-    tasks.spawn(async move {
-        if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(admin_stopped).await {
-            tracing::error!(%error, "the admin server failed");
-        }
-        "the admin server"
-    });
-    let controller = control(client, args, metrics, health.clone(), stop.clone());
-    tasks.spawn(controller.map(|()| "the controller"));
+    tasks.spawn(serve::serve(listener, router, admin_stop.clone()).map(|()| "the admin server"));
 
+    let mut candidate = args
+        .leader_elect
+        .then(|| Candidate::new(ungated, &args.namespace, args.lease_name.clone(), &args.pod_name, gate.clone()));
+    let lead = tokio::select! {
+        () = stand_by(candidate.as_mut(), &health, &gate) => true,
+        () = signals.next() => false,
+        Some(ended) = tasks.join_next() => return Err(RunError::Ended(ended.unwrap_or("a task"))),
+    };
+    if lead {
+        health.handle_leading();
+        metrics.leader.set(1);
+        let led = lead_until_stopped(&mut signals, &mut tasks, candidate.as_mut(), client, args, &metrics, &health);
+        let led = led.await;
+        metrics.leader.set(0);
+        if let (Some(candidate), false) = (&mut candidate, matches!(led, Err(RunError::LeaseLost(_)))) {
+            candidate.release().await;
+        }
+        led?;
+    }
+    health.handle_stopping();
+    admin_stop.cancel();
+    // A scraper that keeps its connection open must not keep the operator.
+    tokio::time::timeout(Duration::from_secs(1), tasks.join_next()).await.ok();
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Two ways to the API server: for the lease itself, and for all else, behind the gate.
+async fn clients(gate: &Arc<Gate>) -> Result<(Client, Client), kube::Error> {
+    let config = Config::infer().await.map_err(kube::Error::InferConfig)?;
+    let gated = ClientBuilder::try_from(config.clone())?.with_layer(&lease::layer(gate)).build();
+    Ok((Client::try_from(config)?, gated))
+}
+
+/// SIGTERM and Ctrl-C.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Returns when this operator leads: with no candidate, at once.
+async fn stand_by(candidate: Option<&mut Candidate>, health: &Health, gate: &Gate) {
+    let Some(candidate) = candidate else {
+        tracing::info!("leads without a lease: no other operator may run");
+        return gate.open_for_ever();
+    };
+    tracing::info!(identity = candidate.identity(), "stands by for the lease");
+    candidate.acquire(health).await;
+    tracing::info!(identity = candidate.identity(), "holds the lease: leads");
+}
+
+/// Runs the controller until a signal, or until the lease is lost. Then nothing is finished.
+async fn lead_until_stopped(
+    signals: &mut Signals,
+    tasks: &mut JoinSet<&'static str>,
+    candidate: Option<&mut Candidate>,
+    client: Client,
+    args: Args,
+    metrics: &Arc<Metrics>,
+    health: &Arc<Health>,
+) -> Result<(), RunError> {
+    let lost = async {
+        match candidate {
+            Some(candidate) => candidate.keep().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(lost);
+    let stop = CancellationToken::new();
+    tasks.spawn(control(client, args, metrics.clone(), health.clone(), stop.clone()).map(|()| "the controller"));
     tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        () = signals.next() => {}
+        lost = &mut lost => return Err(lost_lease(lost)),
         Some(ended) = tasks.join_next() => return Err(RunError::Ended(ended.unwrap_or("a task"))),
     }
     tracing::info!("stopping: what has begun is finished");
     health.handle_stopping();
     stop.cancel();
     tokio::select! {
-        _ = tasks.join_next() => {}
-        _ = terminate.recv() => return Err(RunError::Aborted),
-        _ = interrupt.recv() => return Err(RunError::Aborted),
+        _ = tasks.join_next() => Ok(()),
+        lost = &mut lost => Err(lost_lease(lost)),
+        () = signals.next() => Err(RunError::Aborted),
     }
-    admin_stop.cancel();
-    // A scraper that keeps its connection open must not keep the operator.
-    tokio::time::timeout(Duration::from_secs(1), tasks.join_next()).await.ok();
-    tracing::info!("stopped");
-    Ok(())
+}
+
+fn lost_lease(lost: LeaseLost) -> RunError {
+    tracing::error!("lost the lease, stops at once: {lost}");
+    RunError::LeaseLost(lost)
 }
 
 /// Standard error, so that standard output stays for what is printed on request.
@@ -237,10 +344,12 @@ async fn control(client: Client, args: Args, metrics: Arc<Metrics>, health: Arc<
             client: client.clone(),
             trust_domain: args.trust_domain,
             daemon_image: args.daemon_image,
+            daemon_pull_policy: args.daemon_image_pull_policy,
             installation,
             cluster: cluster::Capabilities::new(client),
             caches,
             metrics,
+            shortages: shortage::Shortages::default(),
         },
         backoff: Backoff::default(),
     });
@@ -288,7 +397,8 @@ async fn reconcile(node: Arc<OverlayNode>, shared: Arc<Shared>) -> Result<Action
     }
     shared.backoff.succeeded(&node);
     let resync = RESYNC.saturating_sub(spread(&node));
-    Ok(Action::requeue(outcome.renewal.map_or(resync, |renewal| renewal.min(resync))))
+    let due = [outcome.renewal, outcome.look].into_iter().flatten().fold(resync, Duration::min);
+    Ok(Action::requeue(due))
 }
 
 /// The status could not be written.

@@ -19,10 +19,12 @@ use super::cluster::Capabilities;
 use super::credentials::{self, Current, Installation, Leaves, Standing, Subject, Tokens};
 use super::dereference::{self, Caches};
 use super::installation::{self, TO_COMPARE, TO_ISSUE};
+use super::look;
 use super::metrics::Metrics;
 use super::plan::{self, Kind, Obstacle, Owner, Wanted};
+use super::shortage::Shortages;
 use super::status::{self, Built, Facts, Pods, Problem, Reason};
-use crate::api::{OverlayNode, OverlayNodeStatus, TlsSource, TlsStatus};
+use crate::api::{OverlayNode, OverlayNodeStatus, PullPolicy, TlsSource, TlsStatus};
 use crate::build::{self, BuildError, Inputs, Objects, Placement, labels, names};
 
 /// What a reconciliation works with.
@@ -33,6 +35,8 @@ pub(super) struct Context {
     pub trust_domain: String,
     /// The image of OverlayNodes that name none.
     pub daemon_image: String,
+    /// When it is pulled, for OverlayNodes that do not say.
+    pub daemon_pull_policy: Option<PullPolicy>,
     /// What is watched.
     pub caches: Caches,
     /// The installation's keys.
@@ -41,6 +45,8 @@ pub(super) struct Context {
     pub cluster: Capabilities,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// OverlayNodes whose daemons are not all ready.
+    pub shortages: Shortages,
 }
 
 /// How it went.
@@ -49,6 +55,8 @@ pub(super) struct Outcome {
     pub problem: Option<Problem>,
     /// In how long a certificate or token is due, where that is known.
     pub renewal: Option<Duration>,
+    /// In how long its pods and events are to be looked at, while daemons are short.
+    pub look: Option<Duration>,
 }
 
 /// A spec that can be carried out.
@@ -67,6 +75,8 @@ struct Progress {
     pods: Pods,
     built: Option<Built>,
     renewal: Option<Duration>,
+    cause: Option<Problem>,
+    look: Option<Duration>,
 }
 
 /// Brings about what `node` says, and reports it in its status.
@@ -77,15 +87,17 @@ pub(super) async fn reconcile(context: &Context, node: &OverlayNode) -> Result<O
     let mut progress = Progress::default();
     let (namespace, name) = (names::namespace(node), names::name(node));
     if let Some(set) = context.caches.stateful_set(namespace, name) {
-        progress.pods = pods(node, &set);
+        progress.pods = pods_of(node, &set);
     }
     let problem = carry_out(context, node, &mut progress).await.err();
     if let Some(problem) = &problem {
         tracing::warn!(namespace, name, reason = problem.reason.as_str(), "{}", problem.message);
     }
-    let renewal = progress.renewal;
+    let look = look::explain(context, node, progress.pods, problem.is_some()).await;
+    (progress.cause, progress.look) = (look.cause, look.again);
+    let (renewal, look) = (progress.renewal, progress.look);
     report(context, node, progress, problem.clone()).await?;
-    Ok(Outcome { problem, renewal })
+    Ok(Outcome { problem, renewal, look })
 }
 
 async fn carry_out(context: &Context, node: &OverlayNode, progress: &mut Progress) -> Result<(), Problem> {
@@ -106,6 +118,7 @@ async fn carry_out(context: &Context, node: &OverlayNode, progress: &mut Progres
         config: &valid.config,
         peers: &valid.peers,
         image: &valid.image,
+        pull_policy: build::pull_policy(node, context.daemon_pull_policy),
         source,
         credentials: &credentials,
     };
@@ -282,16 +295,16 @@ fn note_pods(node: &OverlayNode, wanted: &Wanted, live: Option<&Value>, progress
     if wanted.kind == Kind::StatefulSet
         && let Some(set) = live.and_then(|live| serde_json::from_value::<StatefulSet>(live.clone()).ok())
     {
-        progress.pods = pods(node, &set);
+        progress.pods = pods_of(node, &set);
     }
 }
 
 /// Somebody else's StatefulSet of our name says nothing about our pods.
-fn pods(node: &OverlayNode, set: &StatefulSet) -> Pods {
+fn pods_of(node: &OverlayNode, set: &StatefulSet) -> Pods {
     if is_ours(node, set) { Pods::of(set) } else { Pods::default() }
 }
 
-/// Whether the OverlayNode controls the StatefulSet.
+/// Whether `node` controls `set`.
 #[must_use]
 pub(super) fn is_ours(node: &OverlayNode, set: &StatefulSet) -> bool {
     set.owner_references().iter().any(|r| r.controller == Some(true) && Some(&r.uid) == node.metadata.uid.as_ref())
@@ -311,6 +324,7 @@ async fn report(
         pods: progress.pods,
         built: progress.built,
         problem,
+        cause: progress.cause,
         now: Timestamp::now(),
     };
     if node.status.as_ref() == Some(&status::status(&facts)) {
@@ -345,21 +359,28 @@ fn unbuildable(error: &BuildError) -> Problem {
     Problem { reason, message: error.to_string() }
 }
 
-fn blocked(obstacle: Obstacle) -> Problem {
-    match obstacle {
-        Obstacle::Taken { kind, name, by } => {
-            let by = by.map_or_else(
-                || "is not labelled as this OverlayNode's".to_owned(),
-                |by| format!("is controlled by {by}"),
-            );
-            let message = format!("{kind} {name} exists and {by}: delete it, or give the OverlayNode another name");
-            Problem { reason: Reason::NameConflict, message }
-        }
-        Obstacle::Leftover { kind, name } => {
-            let message = format!("{kind} {name} of the deleted OverlayNode of this name is yet to be collected");
-            Problem { reason: Reason::AwaitingCollection, message }
+/// A name that is taken needs a person; what is only left over goes by itself.
+fn blocked(obstacles: Vec<Obstacle>) -> Problem {
+    let (mut taken, mut leftover) = (Vec::new(), Vec::new());
+    for obstacle in obstacles {
+        match obstacle {
+            Obstacle::Taken { kind, name, by: Some(by) } => taken.push(format!("{kind} {name} (controlled by {by})")),
+            Obstacle::Taken { kind, name, by: None } => {
+                taken.push(format!("{kind} {name} (not labelled as this OverlayNode's)"));
+            }
+            Obstacle::Leftover { kind, name } => leftover.push(format!("{kind} {name}")),
         }
     }
+    if taken.is_empty() {
+        let message =
+            format!("of the deleted OverlayNode of this name are yet to be collected: {}", leftover.join(", "));
+        return Problem { reason: Reason::AwaitingCollection, message };
+    }
+    let message = format!(
+        "these exist and are not its own: {}; delete them, or give the OverlayNode another name",
+        taken.join(", ")
+    );
+    Problem { reason: Reason::NameConflict, message }
 }
 
 /// What to say of a request about an object that the API server refused.

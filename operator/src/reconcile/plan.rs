@@ -118,25 +118,25 @@ pub(super) enum Obstacle {
 /// Which of `wanted` must be sent, given the live object for each in the same order.
 ///
 /// # Errors
-/// The first object whose name is not free for us.
+/// Every object whose name is not free for us.
 pub(super) fn plan<'a>(
     wanted: &'a [Wanted],
     live: &[Option<Value>],
     owner: Owner<'_>,
-) -> Result<Vec<&'a Wanted>, Obstacle> {
+) -> Result<Vec<&'a Wanted>, Vec<Obstacle>> {
     let mut send = Vec::new();
+    let mut obstacles = Vec::new();
     for (wanted, live) in wanted.iter().zip(live) {
         match live {
             None => send.push(wanted),
-            Some(live) => {
-                check_owner(wanted, live, owner)?;
-                if !is_subset(&wanted.object, live) {
-                    send.push(wanted);
-                }
-            }
+            Some(live) => match check_owner(wanted, live, owner) {
+                Err(obstacle) => obstacles.push(obstacle),
+                Ok(()) if is_subset(&wanted.object, live) => {}
+                Ok(()) => send.push(wanted),
+            },
         }
     }
-    Ok(send)
+    if obstacles.is_empty() { Ok(send) } else { Err(obstacles) }
 }
 
 fn check_owner(wanted: &Wanted, live: &Value, owner: Owner<'_>) -> Result<(), Obstacle> {

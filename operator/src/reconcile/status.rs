@@ -40,12 +40,30 @@ pub(super) enum Reason {
     Rejected,
     /// The API server could not be asked, or refused for now.
     ApplyFailed,
+    /// An image cannot be pulled.
+    ImagePullFailed,
+    /// A container ends as often as it is started.
+    CrashLooping,
+    /// A ResourceQuota refuses pods.
+    QuotaExceeded,
+    /// Pod Security, a policy or a webhook refuses pods.
+    AdmissionDenied,
+    /// Pods are refused for another cause.
+    PodsNotCreated,
+    /// The container runtime refuses a container.
+    ContainerNotCreated,
+    /// A volume cannot be mounted.
+    VolumeNotMounted,
+    /// No node takes a pod.
+    Unschedulable,
+    /// Pods run, and say that they are not ready.
+    NotReady,
     /// Certificate and tokens are current.
     Issued,
     /// Nothing left to do.
     UpToDate,
-    /// The condition does not hold.
-    No,
+    /// Nothing waits for a person.
+    NotStalled,
 }
 
 impl Reason {
@@ -66,9 +84,18 @@ impl Reason {
             Self::UnsupportedCluster => "UnsupportedCluster",
             Self::Rejected => "Rejected",
             Self::ApplyFailed => "ApplyFailed",
+            Self::ImagePullFailed => "ImagePullFailed",
+            Self::CrashLooping => "CrashLooping",
+            Self::QuotaExceeded => "QuotaExceeded",
+            Self::AdmissionDenied => "AdmissionDenied",
+            Self::PodsNotCreated => "PodsNotCreated",
+            Self::ContainerNotCreated => "ContainerNotCreated",
+            Self::VolumeNotMounted => "VolumeNotMounted",
+            Self::Unschedulable => "Unschedulable",
+            Self::NotReady => "NotReady",
             Self::Issued => "Issued",
             Self::UpToDate => "UpToDate",
-            Self::No => "None",
+            Self::NotStalled => "NotStalled",
         }
     }
 
@@ -156,6 +183,8 @@ pub(super) struct Facts<'a> {
     pub built: Option<Built>,
     /// What is the matter.
     pub problem: Option<Problem>,
+    /// Why daemons are not ready, where pods or events tell.
+    pub cause: Option<Problem>,
     /// The time.
     pub now: Timestamp,
 }
@@ -215,7 +244,7 @@ fn condition(facts: &Facts<'_>, kind: &str, verdict: Verdict) -> Condition {
         observed_generation: facts.generation,
         last_transition_time: kept.unwrap_or_else(|| Time(whole_seconds(facts.now))),
         reason: verdict.reason.as_str().to_owned(),
-        message: clip(verdict.message),
+        message: clip_to(verdict.message, MAX_MESSAGE),
     }
 }
 
@@ -228,9 +257,10 @@ fn whole_seconds(time: Timestamp) -> Timestamp {
     Timestamp::from_second(time.as_second()).unwrap_or(time)
 }
 
-fn clip(mut message: String) -> String {
-    if message.len() > MAX_MESSAGE {
-        let end = (0..=MAX_MESSAGE).rev().find(|i| message.is_char_boundary(*i)).unwrap_or(0);
+/// `message`, of at most `max` bytes and an ellipsis.
+pub(super) fn clip_to(mut message: String, max: usize) -> String {
+    if message.len() > max {
+        let end = (0..=max).rev().find(|i| message.is_char_boundary(*i)).unwrap_or(0);
         message.truncate(end);
         message.push('…');
     }
@@ -266,6 +296,14 @@ fn progress(facts: &Facts<'_>) -> String {
     }
 }
 
+/// `usual` and `text`, or what pods and events tell in the one's stead and after the other.
+fn explained(facts: &Facts<'_>, usual: Reason, text: String) -> (Reason, String) {
+    match &facts.cause {
+        Some(cause) => (cause.reason, format!("{text}; {}", cause.message)),
+        None => (usual, text),
+    }
+}
+
 fn ready(facts: &Facts<'_>) -> Option<Verdict> {
     Some(if let Some(problem) = &facts.problem {
         Verdict::no(problem.reason, problem.message.clone())
@@ -274,9 +312,11 @@ fn ready(facts: &Facts<'_>) -> Option<Verdict> {
     } else if complete(facts) {
         Verdict::yes(Reason::AllReady, count(facts))
     } else if lost(facts) {
-        Verdict::no(Reason::DaemonsNotReady, count(facts))
+        let (reason, message) = explained(facts, Reason::DaemonsNotReady, count(facts));
+        Verdict::no(reason, message)
     } else {
-        Verdict::no(Reason::Progressing, progress(facts))
+        let (reason, message) = explained(facts, Reason::Progressing, progress(facts));
+        Verdict::no(reason, message)
     })
 }
 
@@ -285,19 +325,31 @@ fn reconciling(facts: &Facts<'_>) -> Option<Verdict> {
         Some(problem) if problem.reason.is_stall() => Verdict::no(problem.reason, ""),
         Some(problem) => Verdict::yes(problem.reason, problem.message.clone()),
         None if complete(facts) || lost(facts) => Verdict::no(Reason::UpToDate, ""),
-        None => Verdict::yes(Reason::Progressing, progress(facts)),
+        None => {
+            let (reason, message) = explained(facts, Reason::Progressing, progress(facts));
+            Verdict::yes(reason, message)
+        }
     })
 }
 
 fn stalled(facts: &Facts<'_>) -> Option<Verdict> {
     Some(match &facts.problem {
         Some(problem) if problem.reason.is_stall() => Verdict::yes(problem.reason, problem.message.clone()),
-        _ => Verdict::no(Reason::No, ""),
+        _ => Verdict::no(Reason::NotStalled, ""),
     })
 }
 
 fn degraded(facts: &Facts<'_>) -> Option<Verdict> {
-    Some(if lost(facts) { Verdict::yes(Reason::DaemonsNotReady, count(facts)) } else { Verdict::no(Reason::No, "") })
+    Some(if lost(facts) {
+        let (reason, message) = explained(facts, Reason::DaemonsNotReady, count(facts));
+        Verdict::yes(reason, message)
+    } else if let Some(problem) = &facts.problem {
+        Verdict::no(problem.reason, "")
+    } else if complete(facts) {
+        Verdict::no(if facts.wanted == 0 { Reason::ScaledToZero } else { Reason::AllReady }, "")
+    } else {
+        Verdict::no(Reason::Progressing, "")
+    })
 }
 
 fn trust_ready(facts: &Facts<'_>) -> Option<Verdict> {

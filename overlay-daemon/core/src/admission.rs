@@ -23,6 +23,15 @@ impl TokenBucket {
         Self { per_second: u64::from(per_second), capacity, level: capacity, at: now }
     }
 
+    /// The same with another rate: what is saved up stays, as far as the new burst holds it.
+    #[must_use]
+    pub fn resized(&self, per_second: u32, burst: u32, now: Millis) -> Self {
+        let mut old = self.clone();
+        old.refill(now);
+        let new = Self::new(per_second, burst, now);
+        Self { level: old.level.min(new.capacity), ..new }
+    }
+
     /// Takes one token if there is one.
     pub fn take(&mut self, now: Millis) -> bool {
         self.refill(now);
@@ -60,6 +69,12 @@ impl Quota {
     #[must_use]
     pub fn new(rps: u32, inflight: u32, now: Millis) -> Self {
         Self { bucket: TokenBucket::new(rps, rps, now), inflight: 0, most: inflight }
+    }
+
+    /// Other caps from now on; what is in flight stays counted.
+    pub fn resize(&mut self, rps: u32, inflight: u32, now: Millis) {
+        self.bucket = self.bucket.resized(rps, rps, now);
+        self.most = inflight;
     }
 
     /// Whether one request more may begin.

@@ -91,7 +91,21 @@ impl Lanes {
 
     /// From now on, at most `burst` messages and chunks a second.
     pub fn limit(&mut self, burst: u32, now: Millis) {
-        self.bucket = Some(TokenBucket::new(burst, burst, now));
+        self.bucket = Some(match &self.bucket {
+            Some(bucket) => bucket.resized(burst, burst, now),
+            None => TokenBucket::new(burst, burst, now),
+        });
+    }
+
+    /// Whether [`Self::limit`] applies.
+    #[must_use]
+    pub fn is_limited(&self) -> bool {
+        self.bucket.is_some()
+    }
+
+    /// Another depth from now on. What a lane holds beyond it is sent, not dropped.
+    pub fn resize(&mut self, depth: u32) {
+        self.depth = depth as usize;
     }
 
     /// Frames that `class` still takes.
@@ -99,7 +113,7 @@ impl Lanes {
     pub fn room(&self, class: Class) -> usize {
         // Or a message of the largest size, taken whole or not at all, would never go.
         let depth = if class == Class::Bulk { self.depth.max(LARGEST) } else { self.depth };
-        depth - self.lanes[class.index()].frames.len()
+        depth.saturating_sub(self.lanes[class.index()].frames.len())
     }
 
     /// Queues a frame.

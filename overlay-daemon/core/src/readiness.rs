@@ -63,6 +63,13 @@ impl Gate {
         Self { config, shedding: false, overloaded: false, enough_peers: None }
     }
 
+    /// Other thresholds from now on; what was said stays said until they say otherwise.
+    pub fn handle_config(&mut self, config: &Readiness) {
+        if self.config != *config {
+            self.config = config.clone();
+        }
+    }
+
     /// Judges the facts at `now`.
     pub fn handle_facts(&mut self, facts: &Facts, now: Millis) -> Report {
         let pressure = facts.queues_percent.max(facts.descriptors_percent);

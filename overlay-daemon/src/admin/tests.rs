@@ -16,12 +16,14 @@ struct Running {
 async fn start() -> Running {
     let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
     let address = listener.local_addr().unwrap();
-    let metrics = Arc::new(Metrics::new(true, ["mesh-1"], "0123456789abcdef").unwrap());
+    let metrics = Arc::new(Metrics::new(true, "0123456789abcdef").unwrap());
+    metrics.inflight(Some("mesh-1")).set(0);
     let (report, receiver) = watch::channel(Report::default());
     let admin = Admin {
         metrics: Arc::clone(&metrics),
         report: receiver,
-        config_hash: "0123456789abcdef".into(),
+        running: watch::channel(crate::reload::Running { config: "0123456789abcdef".into(), peers: "fedcba98".into() })
+            .1,
         clock: Clock::start(),
     };
     let cancel = CancellationToken::new();
@@ -89,7 +91,7 @@ async fn readiness_is_the_reports() {
     });
     let answer = running.get("/readyz").await;
     assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nretry-after: 1\r\n"), "{answer}");
-    let body = "{\"ready\":false,\"config\":\"0123456789abcdef\",\"conditions\":[{\"name\":\"bus\",\"ok\":true,\"reason\":\"\"},{\"name\":\"peers\",\"ok\":false,\"reason\":\"0 of 2 peers\"}]}";
+    let body = "{\"ready\":false,\"config\":\"0123456789abcdef\",\"peers\":\"fedcba98\",\"conditions\":[{\"name\":\"bus\",\"ok\":true,\"reason\":\"\"},{\"name\":\"peers\",\"ok\":false,\"reason\":\"0 of 2 peers\"}]}";
     assert!(answer.ends_with(body), "{answer}");
 
     running.report.send_replace(Report { ready: true, conditions: vec![condition("bus", true, "")] });

@@ -134,6 +134,7 @@ impl Contents {
         let mut files: [Zeroizing<Vec<u8>>; 5] = Default::default();
         let mut errors = Vec::new();
         let mut hasher = blake3::Hasher::new();
+        hasher.update(&[sources.key_exchange as u8]);
         for (index, source) in sources.all().into_iter().enumerate() {
             // A bundle of certificate and key is read once: between two reads it may be replaced.
             let read = match sources.all()[..index].iter().position(|earlier| earlier.path == source.path) {

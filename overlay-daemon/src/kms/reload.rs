@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use overlay_core::config::{Tls, Token};
+use overlay_core::config::{KeyExchange, Tls, Token};
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
@@ -15,7 +15,7 @@ use crate::metrics::Metrics;
 
 /// How often the files are read again. Contents are compared, not names or times: Kubernetes
 /// swaps a symlink above them, and no watch on the files themselves would see it.
-pub const POLL_INTERVAL: Duration = Duration::from_secs(5);
+pub const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The keys of a daemon.
 pub struct Keys {
@@ -31,6 +31,8 @@ struct Seen {
     current: blake3::Hash,
     /// What was last refused: contents, or what could not be read.
     refused: Option<blake3::Hash>,
+    /// The policy that the next set is made for.
+    key_exchange: KeyExchange,
 }
 
 /// What one look at the files came to.
@@ -54,7 +56,7 @@ impl Keys {
     pub fn load(tls: &Tls, token: &Token, unix_ms: u64) -> Result<Self, Vec<KmsError>> {
         let sources = Sources::new(tls, token);
         let contents = Contents::read(&sources)?;
-        let seen = Mutex::new(Seen { current: contents.digest, refused: None });
+        let seen = Mutex::new(Seen { current: contents.digest, refused: None, key_exchange: tls.key_exchange });
         let set = KeySet::build(&sources, contents, 1, unix_ms)?;
         let (current, _) = watch::channel(Arc::new(set));
         Ok(Self { tls: tls.clone(), token: token.clone(), current, seen })
@@ -70,6 +72,11 @@ impl Keys {
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<Arc<KeySet>> {
         self.current.subscribe()
+    }
+
+    /// Another policy for handshakes to come; the next look at the files makes a set for it.
+    pub fn handle_key_exchange(&self, policy: KeyExchange) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).key_exchange = policy;
     }
 
     /// A verifier of tokens that follows the current set.
@@ -111,8 +118,9 @@ impl Keys {
 
     /// Looks at the files once. Blocks on them.
     pub(super) fn reload(&self, unix_ms: u64) -> Reload {
-        let sources = Sources::new(&self.tls, &self.token);
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let tls = Tls { key_exchange: seen.key_exchange, ..self.tls.clone() };
+        let sources = Sources::new(&tls, &self.token);
         let (digest, built) = match Contents::read(&sources) {
             Ok(contents) if contents.digest == seen.current => {
                 seen.refused = None;
@@ -129,7 +137,7 @@ impl Keys {
         };
         match built {
             Ok(set) => {
-                *seen = Seen { current: digest, refused: None };
+                (seen.current, seen.refused) = (digest, None);
                 self.current.send_replace(Arc::new(set));
                 Reload::Replaced
             }

@@ -241,7 +241,7 @@ async fn a_swapped_volume_is_noticed() {
     let (clock, cancel) = (crate::clock::Clock::start(), tokio_util::sync::CancellationToken::new());
     let (tls, token) = volume.config(KeyExchange::RequireHybrid);
     let keys = std::sync::Arc::new(Keys::load(&tls, &token, clock.unix_ms()).unwrap());
-    let metrics = std::sync::Arc::new(crate::metrics::Metrics::new(true, [], "").unwrap());
+    let metrics = std::sync::Arc::new(crate::metrics::Metrics::new(true, "").unwrap());
     let mut changes = keys.subscribe();
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(std::sync::Arc::clone(&keys).watch(std::sync::Arc::clone(&metrics), clock, cancel.clone()));

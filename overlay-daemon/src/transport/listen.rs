@@ -12,16 +12,18 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_rustls::{LazyConfigAcceptor, TlsStream};
 
 use super::pending::{MAX_PENDING, Pending, Place};
-use super::{Connection, EXHAUSTED_PAUSE, HandshakeError, TransportConfig};
+use super::{Connection, EXHAUSTED_PAUSE, HandshakeError, Timing};
 use crate::clock::Clock;
 use crate::kms::{ALPN, KeySet};
 
 /// A listening TCP socket.
 pub struct Listener {
     socket: TcpListener,
-    config: TransportConfig,
+    timing: Timing,
     clock: Clock,
-    handshakes: Arc<Semaphore>,
+    /// As many permits as handshakes may be in flight, and that number. Another number is
+    /// another semaphore: handshakes that have begun finish under the old one.
+    handshakes: (usize, Arc<Semaphore>),
     pending: Pending,
     not_before: Option<Instant>,
 }
@@ -31,13 +33,14 @@ impl Listener {
     ///
     /// # Errors
     /// The system refuses the address.
-    pub async fn bind(address: SocketAddr, config: TransportConfig, clock: Clock) -> io::Result<Self> {
-        let handshakes = config.max_handshakes_in_flight.clamp(1, Semaphore::MAX_PERMITS);
+    pub async fn bind(address: SocketAddr, timing: impl Into<Timing>, clock: Clock) -> io::Result<Self> {
+        let timing = timing.into();
+        let handshakes = semaphore(timing.now().max_handshakes_in_flight);
         Ok(Self {
             socket: TcpListener::bind(address).await?,
-            config,
+            timing,
             clock,
-            handshakes: Arc::new(Semaphore::new(handshakes)),
+            handshakes,
             pending: Pending::default(),
             not_before: None,
         })
@@ -70,12 +73,16 @@ impl Listener {
             Ok((stream, address)) => {
                 // Frames are gathered into few writes by their writer; none should wait for another.
                 stream.set_nodelay(true)?;
+                let config = self.timing.now();
+                if config.max_handshakes_in_flight != self.handshakes.0 {
+                    self.handshakes = semaphore(config.max_handshakes_in_flight);
+                }
                 Ok(Accepted {
                     stream,
                     address,
-                    deadline: self.clock.deadline(self.config.handshake),
+                    deadline: self.clock.deadline(config.handshake),
                     place: self.pending.enter(MAX_PENDING),
-                    handshakes: Arc::clone(&self.handshakes),
+                    handshakes: Arc::clone(&self.handshakes.1),
                 })
             }
             Err(error) => {
@@ -86,6 +93,10 @@ impl Listener {
             }
         }
     }
+}
+
+fn semaphore(permits: usize) -> (usize, Arc<Semaphore>) {
+    (permits, Arc::new(Semaphore::new(permits.clamp(1, Semaphore::MAX_PERMITS))))
 }
 
 /// Whether accepting failed for the caller's sake (it had gone already) and not for ours.

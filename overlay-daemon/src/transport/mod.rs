@@ -9,6 +9,7 @@ use overlay_core::config::Overlay;
 use overlay_core::identity::SpiffeId;
 use overlay_core::status::Reason;
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_rustls::TlsStream;
 
@@ -44,6 +45,31 @@ pub struct TransportConfig {
     pub idle: Duration,
     /// TLS handshakes at once, counted from a complete ClientHello.
     pub max_handshakes_in_flight: usize,
+}
+
+/// A [`TransportConfig`] that may change: each connection takes what holds when it begins.
+#[derive(Clone, Debug)]
+pub struct Timing(watch::Receiver<TransportConfig>);
+
+impl Timing {
+    /// What holds now.
+    #[must_use]
+    pub fn now(&self) -> TransportConfig {
+        *self.0.borrow()
+    }
+}
+
+impl From<watch::Receiver<TransportConfig>> for Timing {
+    fn from(receiver: watch::Receiver<TransportConfig>) -> Self {
+        Self(receiver)
+    }
+}
+
+/// One that never changes.
+impl From<TransportConfig> for Timing {
+    fn from(config: TransportConfig) -> Self {
+        Self(watch::channel(config).1)
+    }
 }
 
 impl From<&Overlay> for TransportConfig {

@@ -288,7 +288,7 @@ async fn a_unix_socket_is_its_owners() {
     use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("overlay.sock");
-    let bind = || LocalListener::bind(&path, &[], &CONFIG, Clock::start());
+    let bind = || LocalListener::bind(&path, &[], CONFIG, Clock::start());
     let mut listener = bind().unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
     assert!(matches!(bind(), Err(LocalError::InUse(_))), "somebody answers");
@@ -308,6 +308,6 @@ async fn a_unix_socket_is_its_owners() {
     std::fs::write(&path, "not a socket").unwrap();
     assert!(matches!(bind(), Err(LocalError::NotASocket(_))));
     assert_eq!(std::fs::read(&path).unwrap(), b"not a socket");
-    let nowhere = LocalListener::bind(&folder.path().join("no/overlay.sock"), &[], &CONFIG, Clock::start());
+    let nowhere = LocalListener::bind(&folder.path().join("no/overlay.sock"), &[], CONFIG, Clock::start());
     assert!(matches!(nowhere, Err(LocalError::Bind { .. })));
 }

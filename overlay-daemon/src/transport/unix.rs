@@ -6,13 +6,12 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream as BlockingStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use overlay_core::status::Reason;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{Instant, sleep_until};
 
-use super::{EXHAUSTED_PAUSE, TransportConfig};
+use super::{EXHAUSTED_PAUSE, Timing};
 use crate::clock::Clock;
 
 /// Owner and group may connect, nobody else.
@@ -70,7 +69,7 @@ pub struct LocalListener {
     file: (u64, u64),
     own_uid: u32,
     allow_uids: Vec<u32>,
-    handshake: Duration,
+    timing: Timing,
     clock: Clock,
     not_before: Option<Instant>,
 }
@@ -80,7 +79,7 @@ impl LocalListener {
     ///
     /// # Errors
     /// Somebody answers, something else stands there, or the system refuses.
-    pub fn bind(path: &Path, allow_uids: &[u32], config: &TransportConfig, clock: Clock) -> Result<Self, LocalError> {
+    pub fn bind(path: &Path, allow_uids: &[u32], timing: impl Into<Timing>, clock: Clock) -> Result<Self, LocalError> {
         let refused = |source| LocalError::Bind { path: path.to_owned(), source };
         clear(path)?;
         let socket = UnixListener::bind(path).map_err(refused)?;
@@ -92,7 +91,7 @@ impl LocalListener {
             file: (file.dev(), file.ino()),
             own_uid: rustix::process::geteuid().as_raw(),
             allow_uids: allow_uids.to_vec(),
-            handshake: config.handshake,
+            timing: timing.into(),
             clock,
             not_before: None,
         })
@@ -117,7 +116,7 @@ impl LocalListener {
         if !self.allows(uid) {
             return Err(LocalError::Forbidden(uid));
         }
-        Ok(LocalConnection { stream, uid, deadline: self.clock.deadline(self.handshake) })
+        Ok(LocalConnection { stream, uid, deadline: self.clock.deadline(self.timing.now().handshake) })
     }
 
     fn allows(&self, uid: u32) -> bool {

@@ -2,15 +2,15 @@
 //! clients that a person would use beside it.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use overlay_tests::process::Process;
 use overlay_tests::programs;
+use overlay_tests::subscriber::Subscriber;
 use overlay_tests::wait::{self, Look};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
@@ -141,26 +141,10 @@ impl Mesh {
     /// `overlay-daemon sub`, once the daemon has confirmed it.
     pub(crate) fn subscribe(&self, at: &Daemon, topic: &str, count: u32) -> Result<Subscriber> {
         let count = count.to_string();
-        let mut child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "--"])
-            .arg(programs::built("overlay-daemon")?)
-            .args(["sub", topic, "--count", &count, "--output", "raw", "--socket"])
-            .arg(&at.socket)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let mut said = String::new();
-        let stderr = child.stderr.take().context("a pipe for standard error")?;
-        let mut subscriber = Subscriber(child);
-        let mut lines = BufReader::new(stderr);
-        while !said.contains("subscribed") {
-            if lines.read_line(&mut said)? == 0 {
-                subscriber.0.wait()?;
-                anyhow::bail!("sub ended before it was subscribed: {said}");
-            }
-        }
-        Ok(subscriber)
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--"]).arg(programs::built("overlay-daemon")?);
+        command.args(["sub", topic, "--count", &count, "--output", "raw", "--socket"]).arg(&at.socket);
+        Subscriber::start(command)
     }
 }
 
@@ -177,34 +161,6 @@ fn operator(folder: &Path, run: usize, files: &[&str], arguments: &[&str]) -> Re
         command.arg("local").args(files).args(["--output", "json"]).args(arguments);
         command.env("XDG_RUNTIME_DIR", folder).env_remove("OVERLAY_DAEMON").stdout(events);
     })
-}
-
-/// A running `overlay-daemon sub`.
-pub(crate) struct Subscriber(Child);
-
-impl Subscriber {
-    /// What it received, once it has received all.
-    pub(crate) fn finish(mut self) -> Result<Vec<u8>> {
-        let mut stdout = self.0.stdout.take().context("a pipe for standard output")?;
-        // Read beside the wait, or a large message would fill the pipe.
-        let reader = std::thread::spawn(move || {
-            let mut bytes = Vec::new();
-            stdout.read_to_end(&mut bytes).map(|_| bytes)
-        });
-        let child = &mut self.0;
-        let status = wait::until("the subscriber to have its messages", LIMIT, || {
-            Ok(child.try_wait()?.map_or_else(|| Look::NotYet("still waiting".to_owned()), Look::Holds))
-        })?;
-        ensure!(status.success(), "sub: {status}");
-        reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))?.context("reading what sub wrote")
-    }
-}
-
-impl Drop for Subscriber {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// Ends a process at once.

@@ -53,10 +53,11 @@ impl Authority {
         &self.pem
     }
 
-    /// A server on loopback.
-    pub fn server(&self) -> Result<Credentials> {
-        let mut params = CertificateParams::new(vec!["localhost".to_owned()])?;
-        params.subject_alt_names.push(SanType::IpAddress(IpAddr::V4(Ipv4Addr::LOCALHOST)));
+    /// The API server, by its names in a cluster and by these addresses.
+    pub fn server(&self, addresses: &[Ipv4Addr]) -> Result<Credentials> {
+        let names = ["localhost", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"];
+        let mut params = CertificateParams::new(names.map(str::to_owned))?;
+        params.subject_alt_names.extend(addresses.iter().map(|address| SanType::IpAddress(IpAddr::V4(*address))));
         params.distinguished_name.push(DnType::CommonName, "kube-apiserver");
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         self.issue(params)

@@ -3,7 +3,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::api::{Duration, Image, OverlayNodeSpec, PullPolicy, Quantity, Resources, SecretName};
-use crate::build::{Placement, daemon_config, image, peers_config};
+use crate::build::{Placement, daemon_config, image, peers_config, pull_policy};
 
 const ID: &str = "spiffe://overlay.local/ns/a/overlaynode/mesh";
 
@@ -39,7 +39,15 @@ fn build_with(node: &OverlayNode, leaf: LeafSecret) -> Result<Objects, BuildErro
         local_token: some("local token"),
     };
     let image = image(node, "registry.example/overlay-daemon:1.0");
-    objects(&Inputs { node, config: &config, peers: &peers, image: &image, source, credentials: &credentials })
+    objects(&Inputs {
+        node,
+        config: &config,
+        peers: &peers,
+        image: &image,
+        pull_policy: pull_policy(node, None),
+        source,
+        credentials: &credentials,
+    })
 }
 
 fn stateful_set(node: &OverlayNode) -> Value {
@@ -162,8 +170,9 @@ fn certificates_of_the_pods_own() {
     let shared = build(&node).unwrap().stateful_set.spec.unwrap().template;
     assert_eq!(workload::source_of(&shared), TlsSource::SelfManaged);
     let config = |source| daemon_config(&node, &Placement::pod(&node, source));
-    let alike =
-        |source| pod_template(&node, &config(source), &image(&node, "registry.example/overlay-daemon:1.0"), source);
+    let alike = |source| {
+        pod_template(&node, &config(source), &image(&node, "registry.example/overlay-daemon:1.0"), None, source)
+    };
     assert_eq!(alike(TlsSource::SelfManaged).unwrap(), shared, "as it is built");
 }
 
@@ -196,6 +205,20 @@ fn what_a_spec_sets_of_a_pod() {
     assert_eq!(pod["nodeSelector"], json!({ "disk": "fast" }));
     assert_eq!(pod["containers"][0]["resources"], json!({ "limits": { "memory": "64Mi" } }));
     assert_eq!(pod["containers"][0]["imagePullPolicy"], "Never");
+}
+
+#[test]
+fn pull_policies() {
+    use PullPolicy::{Always, Never};
+    for (own, default, want) in [
+        (None, None, None),
+        (None, Some(Always), Some(Always)),
+        (Some(Never), Some(Always), Some(Never)),
+        (Some(Never), None, Some(Never)),
+    ] {
+        let node = node(|spec| spec.image = Some(Image { pull_policy: own, ..Default::default() }));
+        assert_eq!(pull_policy(&node, default), want);
+    }
 }
 
 #[test]
@@ -236,7 +259,15 @@ fn too_much_configuration() {
     let source = TlsSource::PodCertificate;
     let config = daemon_config(&big, &Placement::pod(&big, source));
     let credentials = Credentials::default();
-    let inputs = Inputs { node: &big, config: &config, peers: &peers, image: "x", source, credentials: &credentials };
+    let inputs = Inputs {
+        node: &big,
+        config: &config,
+        peers: &peers,
+        image: "x",
+        pull_policy: None,
+        source,
+        credentials: &credentials,
+    };
     let result = objects(&inputs);
     match result {
         Err(BuildError::ConfigTooLarge { replicas: 64, bytes }) => assert!(bytes > MAX_CONFIG),

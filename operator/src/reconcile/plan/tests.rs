@@ -156,6 +156,20 @@ fn whose_a_name_is() {
     for (case, references, labels, want) in table {
         let live = json!({ "metadata": { "name": "mesh-config", "ownerReferences": references, "labels": labels } });
         let got = plan(std::slice::from_ref(&object), &[Some(live)], owner());
-        assert_eq!(got.map(|send| send.len()).err(), want, "{case}");
+        assert_eq!(got.map(|send| send.len()).err(), want.map(|one| vec![one]), "{case}");
     }
+}
+
+/// A person who clears one name should not find the next one taken.
+#[test]
+fn every_name_that_is_taken_is_told() {
+    let objects: Vec<Wanted> = ["mesh-config", "mesh", "mesh-peers"]
+        .map(|name| wanted(&json!({ "kind": "Service", "metadata": { "name": name } })))
+        .into();
+    let foreign = json!({ "metadata": { "name": "any" } });
+    let obstacles = plan(&objects, &[Some(foreign.clone()), None, Some(foreign)], owner()).err().unwrap();
+    let name = |obstacle: &Obstacle| match obstacle {
+        Obstacle::Taken { name, .. } | Obstacle::Leftover { name, .. } => name.clone(),
+    };
+    assert_eq!(obstacles.iter().map(name).collect::<Vec<_>>(), ["mesh-config", "mesh-peers"]);
 }

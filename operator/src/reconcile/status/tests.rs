@@ -30,7 +30,16 @@ fn pods(existing: i32, ready: i32, updated: i32, settled: bool) -> Pods {
 }
 
 fn facts(previous: Option<&OverlayNodeStatus>, pods: Pods, seconds: i64) -> Facts<'_> {
-    Facts { previous, generation: Some(1), wanted: 3, pods, built: Some(built("h1")), problem: None, now: at(seconds) }
+    Facts {
+        previous,
+        generation: Some(1),
+        wanted: 3,
+        pods,
+        built: Some(built("h1")),
+        problem: None,
+        cause: None,
+        now: at(seconds),
+    }
 }
 
 fn problem(reason: Reason) -> Problem {
@@ -101,6 +110,31 @@ fn conditions_over_a_life() {
         }
         previous = Some(status);
     }
+}
+
+/// Pods and events explain; they change no condition's status.
+#[test]
+fn a_cause_is_told_where_daemons_are_short() {
+    let cause = || Some(Problem { reason: Reason::QuotaExceeded, message: "no room".into() });
+    let first = status(&Facts { cause: cause(), ..facts(None, pods(1, 1, 1, true), 0) });
+    assert_eq!(letters(&first), "FTFFT");
+    for kind in ["Ready", "Reconciling"] {
+        let condition = find(Some(&first), kind).unwrap();
+        let told = (condition.reason.as_str(), condition.message.as_str());
+        assert_eq!(told, ("QuotaExceeded", "1 of 3 daemons are ready, 1 of them updated; no room"), "{kind}");
+    }
+    let well = status(&Facts { cause: cause(), ..facts(Some(&first), pods(3, 3, 3, true), 1) });
+    assert_eq!((letters(&well), reason(&well, "Ready")), ("TFFFT".into(), "AllReady".into()));
+    let inactive = ["Reconciling", "Stalled", "Degraded"].map(|kind| reason(&well, kind));
+    assert_eq!(inactive, ["UpToDate", "NotStalled", "AllReady"]);
+    let lost = status(&Facts { cause: cause(), ..facts(Some(&well), pods(3, 2, 3, true), 2) });
+    assert_eq!((letters(&lost), reason(&lost, "Degraded")), ("FFFTT".into(), "QuotaExceeded".into()));
+    let stalled = status(&Facts {
+        cause: cause(),
+        problem: Some(problem(Reason::NameConflict)),
+        ..facts(Some(&lost), pods(3, 2, 3, true), 3)
+    });
+    assert_eq!(reason(&stalled, "Ready"), "NameConflict", "what keeps the spec from being applied comes first");
 }
 
 #[test]

@@ -3,6 +3,8 @@
 //!
 //! Two files: `overlay.toml`, which the replicas of a mesh share, and a peers file, one a
 //! daemon. [`daemon`] and [`peers`] turn text into these types and report every error at once.
+//! A running daemon takes up new peers and what [`DaemonConfig::with_live`] names; the rest
+//! waits for a restart.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,8 +13,11 @@ use serde::Serialize;
 
 use crate::identity::{SpiffeId, TenantId};
 
+mod live;
+mod places;
 mod read;
 
+pub use places::Places;
 pub use read::{ConfigError, daemon, peers};
 
 /// The number in a file's `format`; a daemon refuses any other.
@@ -268,10 +273,14 @@ impl DaemonConfig {
     /// # Errors
     /// As [`Self::to_toml`].
     pub fn hash(&self) -> Result<String, toml::ser::Error> {
-        let mut hex = blake3::hash(self.to_toml()?.as_bytes()).to_hex().to_string();
-        hex.truncate(16);
-        Ok(hex)
+        Ok(short_hash(&self.to_toml()?))
     }
+}
+
+fn short_hash(text: &str) -> String {
+    let mut hex = blake3::hash(text.as_bytes()).to_hex().to_string();
+    hex.truncate(16);
+    hex
 }
 
 impl PeersConfig {
@@ -281,6 +290,14 @@ impl PeersConfig {
     /// None in practice: every member has a TOML form.
     pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
         toml::to_string(self)
+    }
+
+    /// What tells one list of peers from another, as [`DaemonConfig::hash`] does.
+    ///
+    /// # Errors
+    /// As [`Self::to_toml`].
+    pub fn hash(&self) -> Result<String, toml::ser::Error> {
+        Ok(short_hash(&self.to_toml()?))
     }
 }
 

@@ -291,3 +291,64 @@ proptest! {
         }
     }
 }
+
+/// Which settings a running daemon takes up: all of these, and none besides.
+#[test]
+fn live_settings() {
+    type Change = fn(&mut DaemonConfig);
+    let base = daemon(C6).unwrap();
+    let live: &[(&str, Change)] = &[
+        ("max_sessions", |c| c.overlay.max_sessions = 7),
+        ("max_handshakes_in_flight", |c| c.overlay.max_handshakes_in_flight = 7),
+        ("inflight", |c| c.overlay.inflight = 7),
+        ("rps", |c| c.overlay.rps = 7),
+        ("per_peer_inflight", |c| c.overlay.per_peer_inflight = 7),
+        ("per_peer_rps", |c| c.overlay.per_peer_rps = 7),
+        ("read_timeout_ms", |c| c.overlay.read_timeout_ms = 700),
+        ("fanout", |c| c.gossip.fanout = 7),
+        ("store_bytes", |c| c.gossip.store_bytes = 7 << 20),
+        ("min_peers", |c| c.readiness.min_peers = 7),
+        ("key_exchange", |c| c.tls.key_exchange = KeyExchange::Classical),
+        ("log_level", |c| c.observability.log_level = LogLevel::Trace),
+    ];
+    let restart: &[(&str, Change)] = &[
+        ("listen", |c| c.overlay.listen.set_port(7)),
+        ("tenants", |c| c.overlay.tenants = vec![TenantId(7)]),
+        ("amnesia", |c| c.overlay.amnesia = false),
+        ("profile", |c| c.overlay.profile = Profile::Macronode),
+        ("metrics", |c| c.observability.metrics.set_port(7)),
+        ("log_format", |c| c.observability.log_format = LogFormat::Text),
+        ("certificate", |c| c.tls.certificate = "other".into()),
+        ("token", |c| c.token.file = "other".into()),
+        ("socket", |c| c.unix.socket = "other".into()),
+        ("drain", |c| c.drain.delay_ms = 7),
+    ];
+    for (changes, is_live) in [(live, true), (restart, false)] {
+        for (name, change) in changes {
+            let mut new = base.clone();
+            change(&mut new);
+            assert_ne!(new, base, "{name}");
+            assert_eq!(base.with_live(&new) == new, is_live, "{name}");
+            assert_eq!(base.restart_hash() == new.restart_hash(), is_live, "{name}");
+            assert_ne!(base.hash(), new.hash(), "{name}");
+        }
+    }
+}
+
+/// A peer keeps its place for as long as it is configured; a free place is used again.
+#[test]
+fn places_are_kept() {
+    let peer = |name: &str, address: &str| Peer {
+        name: name.into(),
+        address: address.into(),
+        identity: "spiffe://td/ns/a/overlaynode/b".parse().unwrap(),
+    };
+    let names = |places: &Places| places.iter().map(|(place, p)| (place, p.name.clone())).collect::<Vec<_>>();
+    let mut places = Places::new(&[peer("a", "a:1"), peer("b", "b:1"), peer("c", "c:1")]);
+    assert_eq!(places.update(&[peer("c", "c:1"), peer("a", "a:1")]), [1]);
+    assert_eq!(names(&places), [(0, "a".into()), (2, "c".into())]);
+    assert_eq!(places.update(&[peer("a", "a:2"), peer("c", "c:1"), peer("d", "d:1"), peer("e", "e:1")]), [0, 1, 3]);
+    assert_eq!(names(&places), [(0, "a".into()), (1, "d".into()), (2, "c".into()), (3, "e".into())]);
+    assert_eq!(places.update(&[peer("e", "e:1")]), [0, 1, 2]);
+    assert_eq!((names(&places), places.span()), (vec![(3, "e".into())], 4));
+}

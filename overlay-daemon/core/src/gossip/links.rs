@@ -72,6 +72,22 @@ impl Links {
         Some(free)
     }
 
+    /// Another number of eager links from now on: those over it become lazy, or lazy ones take
+    /// the places that are new.
+    pub(super) fn resize(&mut self, fanout: usize) {
+        self.fanout = fanout;
+        let mut eager = self.eager().len();
+        for link in self.links.values_mut() {
+            if eager > fanout && link.eager {
+                link.eager = false;
+                eager -= 1;
+            } else if eager < fanout && !link.eager {
+                link.eager = true;
+                eager += 1;
+            }
+        }
+    }
+
     pub(super) fn remove(&mut self, link: LinkId) {
         let was_eager = self.links.remove(&link).is_some_and(|link| link.eager);
         // A branch fell off: another takes its place at once, rather than by the next graft.

@@ -130,6 +130,13 @@ impl Engine {
         }
     }
 
+    /// Other caps from now on.
+    pub fn handle_config(&mut self, config: &Gossip) {
+        self.links.resize(config.fanout as usize);
+        self.store.resize(config);
+        self.config = config.clone();
+    }
+
     /// A link is up. Everything held is announced to it, so that what was accepted while it
     /// was away reaches it. Nothing where [`MAX_LINKS`] are up.
     pub fn handle_link_up(&mut self, now: Millis) -> Option<LinkId> {

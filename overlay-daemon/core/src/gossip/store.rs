@@ -95,6 +95,14 @@ impl Store {
         }
     }
 
+    /// Other bounds from now on. What is over them goes with the next message or purge, oldest
+    /// first, as it always does.
+    pub(super) fn resize(&mut self, config: &Gossip) {
+        self.window_ms = config.dedupe_window_ms;
+        self.entries = config.dedupe_entries as usize;
+        self.capacity = config.store_bytes;
+    }
+
     /// What is known of a message, at `unix_ms` by the wall clock.
     pub(super) fn novelty(&self, id: MessageId, envelope: &Envelope, unix_ms: u64) -> Novelty {
         if self.index.contains_key(&id) {

@@ -9,7 +9,7 @@ use super::{Opening, SessionId};
 use crate::Millis;
 use crate::admission::Quota;
 use crate::config::DaemonConfig;
-use crate::control::Incarnation;
+use crate::control::{DaemonHello, Incarnation};
 use crate::frame::{AppProto, Flags, Frame};
 use crate::gossip::{LinkId, Outlet};
 use crate::grant::{Grant, Holder};
@@ -75,6 +75,8 @@ pub(super) struct Entry {
     pub(super) dialled: Option<usize>,
     pub(super) group: &'static str,
     pub(super) party: Party,
+    /// What a daemon said of itself that is no configured peer: it may become one.
+    pub(super) stranger: Option<DaemonHello>,
     pub(super) lanes: Lanes,
     pub(super) quota: Quota,
     pub(super) writer_idle: bool,
@@ -91,6 +93,7 @@ impl Entry {
             dialled: opening.dialled,
             group: opening.group,
             party: Party::Client,
+            stranger: None,
             lanes: Lanes::new(config.gossip.lane_depth_frames),
             quota: Quota::new(config.overlay.per_peer_rps, config.overlay.per_peer_inflight, now),
             writer_idle: true,

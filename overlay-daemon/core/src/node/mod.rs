@@ -16,7 +16,7 @@ use bytes::Bytes;
 
 use crate::Millis;
 use crate::admission::Quota;
-use crate::config::{DaemonConfig, PeersConfig};
+use crate::config::{DaemonConfig, PeersConfig, Places};
 use crate::control::{DaemonHello, Hello, HelloReply, Incarnation};
 use crate::frame::{AppProto, Flags, Frame};
 use crate::gossip::{Counts, Engine, LinkId, Me};
@@ -48,7 +48,7 @@ pub struct Clock {
 pub struct Opening {
     /// Who is at the other end.
     pub holder: Holder,
-    /// The configured peer that was dialled, by its place in the peers file.
+    /// The configured peer that was dialled, by its place ([`Places`]).
     pub dialled: Option<usize>,
     /// The key exchange, as the report of sessions names it: `hybrid`, `classical`, or `none`.
     pub group: &'static str,
@@ -62,7 +62,7 @@ pub struct Opening {
 pub enum Output {
     /// Close the connection: everything queued was handed to its writer.
     Close(SessionId),
-    /// A configured peer has a session, or has none any more; by its place in the peers file.
+    /// A configured peer has a session, or has none any more; by its place.
     Peer {
         /// Its place.
         peer: usize,
@@ -77,20 +77,22 @@ pub enum Output {
 
 /// Bytes that one batch for a writer holds at the most.
 pub const BATCH_BYTES: usize = 256 * 1024;
-/// How often uploads that stand still are looked for.
-const UPLOADS_MS: u64 = 1_000;
+/// How often uploads that stand still, and peers that had time to leave, are looked for.
+const HOUSEKEEPING_MS: u64 = 1_000;
 
 /// The daemon.
 #[derive(Debug)]
 pub struct Node {
     config: DaemonConfig,
-    peers: PeersConfig,
+    places: Places,
     identity: SpiffeId,
     hello: DaemonHello,
     /// What START frames to peers carry.
     token: Bytes,
     sessions: BTreeMap<SessionId, Entry>,
     links: BTreeMap<LinkId, SessionId>,
+    /// Sessions whose peer is no longer configured, and until when they may go on.
+    leaving: BTreeMap<SessionId, Millis>,
     engine: Engine,
     subscriptions: Subscriptions,
     quota: Quota,
@@ -102,8 +104,8 @@ pub struct Node {
     /// When to look at a session again; never later than its machine asks.
     deadlines: BTreeSet<(Millis, SessionId)>,
     outputs: VecDeque<Output>,
-    /// When to look for uploads that stand still.
-    uploads_at: Millis,
+    /// When to look for those again.
+    housekeeping_at: Millis,
 }
 
 impl Node {
@@ -111,7 +113,7 @@ impl Node {
     #[must_use]
     pub fn new(
         config: DaemonConfig,
-        peers: PeersConfig,
+        peers: &PeersConfig,
         identity: SpiffeId,
         incarnation: Incarnation,
         now: Millis,
@@ -123,11 +125,12 @@ impl Node {
             quota: Quota::new(config.overlay.rps, config.overlay.inflight, now),
             hello: DaemonHello { name: peers.name.clone(), incarnation },
             config,
-            peers,
+            places: Places::new(&peers.peers),
             identity,
             token: Bytes::new(),
             sessions: BTreeMap::new(),
             links: BTreeMap::new(),
+            leaving: BTreeMap::new(),
             subscriptions: Subscriptions::default(),
             shedding: false,
             draining: false,
@@ -135,13 +138,30 @@ impl Node {
             sendable: VecDeque::new(),
             deadlines: BTreeSet::new(),
             outputs: VecDeque::new(),
-            uploads_at: now.after(UPLOADS_MS),
+            housekeeping_at: now.after(HOUSEKEEPING_MS),
         }
     }
 
     /// From now on, STARTs to peers carry this token.
     pub fn handle_token(&mut self, token: Bytes) {
         self.token = token;
+    }
+
+    /// Other limits and caps from now on; only what [`DaemonConfig::with_live`] takes from
+    /// `new` is heeded. Sessions, queues and what is held stay; what a bound no longer allows
+    /// goes the way it always does.
+    pub fn handle_config(&mut self, new: &DaemonConfig, now: Millis) {
+        self.config = self.config.with_live(new);
+        let (overlay, gossip) = (&self.config.overlay, &self.config.gossip);
+        self.quota.resize(overlay.rps, overlay.inflight, now);
+        self.engine.handle_config(gossip);
+        for entry in self.sessions.values_mut() {
+            entry.quota.resize(overlay.per_peer_rps, overlay.per_peer_inflight, now);
+            entry.lanes.resize(gossip.lane_depth_frames);
+            if entry.lanes.is_limited() {
+                entry.lanes.limit(gossip.burst_frames, now);
+            }
+        }
     }
 
     /// What readiness was judged to be, and whether writes are shed.
@@ -182,6 +202,7 @@ impl Node {
         if let Some(at) = entry.deadline {
             self.deadlines.remove(&(at, id));
         }
+        self.leaving.remove(&id);
         self.subscriptions.remove_session(id, &entry);
         entry.session.close();
         self.quota.leave(entry.quota.inflight());
@@ -294,9 +315,10 @@ impl Node {
             self.deadlines.pop_first();
             self.session_timeout(id, clock);
         }
-        if now >= self.uploads_at {
-            self.uploads_at = now.after(UPLOADS_MS);
+        if now >= self.housekeeping_at {
+            self.housekeeping_at = now.after(HOUSEKEEPING_MS);
             self.refuse_stalled_uploads(now);
+            self.close_leaving(now);
         }
         let mut wire = Wire::new(&mut self.sessions, &self.links, &mut self.sendable);
         self.engine.handle_timeout(now, &mut wire);
@@ -321,7 +343,7 @@ impl Node {
     /// When [`Self::handle_timeout`] has something to do next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Millis> {
-        [self.deadlines.first().map(|(at, _)| *at), self.engine.poll_timeout(), Some(self.uploads_at)]
+        [self.deadlines.first().map(|(at, _)| *at), self.engine.poll_timeout(), Some(self.housekeeping_at)]
             .into_iter()
             .flatten()
             .min()

@@ -1,7 +1,11 @@
 //! Who is a peer, which of two sessions between one pair stays, and the links that gossip
 //! runs over. Peers come from configuration alone (I-1).
 
+use std::collections::BTreeSet;
+
 use super::{Clock, Entry, Kind, Node, Output, Party, SessionId, Wire};
+use crate::Millis;
+use crate::config::{Peer, Places};
 use crate::control::{DaemonHello, Open, json};
 use crate::frame::{AppProto, Frame};
 use crate::gossip::MAX_LINKS;
@@ -33,6 +37,8 @@ impl Node {
         let Some(configured) = self.recognise(&identity, &daemon.name, dialled) else {
             if dialled.is_some() {
                 self.drop_session(id, Some(Reason::Auth)); // another identity answered there
+            } else if let Some(entry) = self.sessions.get_mut(&id) {
+                entry.stranger = Some(daemon);
             }
             return;
         };
@@ -64,15 +70,63 @@ impl Node {
         self.open_gossip(id);
     }
 
+    /// Another list of peers from now on. A session whose peer is now somebody else is closed.
+    /// One whose peer is no longer configured goes on for as long as that peer may take to
+    /// drain: it is stopping, most likely, and what it still accepts must find its way out.
+    ///
+    /// A daemon that dialled before it was configured here becomes a peer by the session that
+    /// it has: to the other side that session is the one to keep.
+    pub fn handle_peers(&mut self, places: Places, clock: Clock) {
+        let now = clock.now;
+        let old = std::mem::replace(&mut self.places, places);
+        let until = now.after(self.config.drain.delay_ms.saturating_add(self.config.drain.timeout_ms));
+        let mut replaced = Vec::new();
+        for (id, entry) in &mut self.sessions {
+            let Some(place) = entry.remote().and_then(|remote| remote.configured).or(entry.dialled) else { continue };
+            let who = |peer: &Peer| (peer.name.clone(), peer.identity.clone());
+            let (before, after) = (old.get(place).map(who), self.places.get(place).map(who));
+            if before == after {
+                continue;
+            }
+            entry.dialled = None;
+            if let Some(remote) = entry.remote_mut() {
+                remote.configured = None;
+            }
+            let is_gone = before.is_none_or(|(name, _)| self.places.iter().all(|(_, peer)| peer.name != name));
+            if is_gone {
+                self.leaving.insert(*id, until);
+            } else {
+                replaced.push(*id);
+            }
+        }
+        for id in replaced {
+            self.drop_session(id, None);
+        }
+        let waiting = self.sessions.iter_mut().filter(|(_, entry)| !entry.closing);
+        let strangers: Vec<_> = waiting.filter_map(|(id, entry)| Some((*id, entry.stranger.take()?))).collect();
+        for (id, daemon) in strangers {
+            self.meet(id, Some(daemon), clock);
+        }
+    }
+
+    /// Closes the sessions of peers that are no longer configured and had time to drain.
+    pub(super) fn close_leaving(&mut self, now: Millis) {
+        let late: Vec<SessionId> = self.leaving.iter().filter(|(_, until)| **until <= now).map(|(id, _)| *id).collect();
+        for id in late {
+            self.leaving.remove(&id);
+            self.drop_session(id, None);
+        }
+    }
+
     /// Whether this identity is a configured peer's, and which. The name in HELLO only tells
     /// apart those who share an identity.
     fn recognise(&self, identity: &SpiffeId, name: &str, dialled: Option<usize>) -> Option<Option<usize>> {
-        let covers = |peer: usize| self.peers.peers.get(peer).is_some_and(|p| p.identity.covers(identity));
+        let covers = |peer: usize| self.places.get(peer).is_some_and(|p| p.identity.covers(identity));
         if let Some(peer) = dialled {
             return covers(peer).then_some(Some(peer));
         }
-        let candidates: Vec<usize> = (0..self.peers.peers.len()).filter(|peer| covers(*peer)).collect();
-        let named = candidates.iter().copied().find(|peer| self.peers.peers[*peer].name == name);
+        let candidates: Vec<usize> = (0..self.places.span()).filter(|peer| covers(*peer)).collect();
+        let named = candidates.iter().copied().find(|peer| self.places.get(*peer).is_some_and(|p| p.name == name));
         match candidates[..] {
             [] => None,
             [only] => Some(Some(only)),
@@ -83,12 +137,12 @@ impl Node {
     /// Whether a session with this configured peer leaves a link for each of those that have
     /// none: a daemon that comes as many cannot keep the others out.
     fn leaves_room(&self, configured: Option<usize>) -> bool {
-        let mut missing: Vec<bool> = self.peers.peers.iter().map(|_| true).collect();
+        let mut missing: BTreeSet<usize> = self.places.iter().map(|(place, _)| place).collect();
         for place in self.sessions.values().filter_map(|entry| entry.remote()?.configured) {
-            missing[place] = false;
+            missing.remove(&place);
         }
-        let awaited = configured.is_some_and(|place| missing[place]);
-        awaited || self.links.len() + missing.iter().filter(|missing| **missing).count() < MAX_LINKS
+        let awaited = configured.is_some_and(|place| missing.contains(&place));
+        awaited || self.links.len() + missing.len() < MAX_LINKS
     }
 
     /// Of two sessions between one pair, the one dialled by the lower (identity, incarnation)

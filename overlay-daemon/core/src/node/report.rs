@@ -30,13 +30,13 @@ impl Node {
         }))
     }
 
-    /// Requests in flight with each configured peer, by its place in the peers file; the
-    /// last number is everyone else's.
+    /// Requests in flight with each configured peer, by its place; the last number is everyone
+    /// else's.
     #[must_use]
     pub fn inflight(&self) -> Vec<u32> {
-        let mut inflight = vec![0_u32; self.peers.peers.len() + 1];
+        let mut inflight = vec![0_u32; self.places.span() + 1];
         for entry in self.sessions.values() {
-            let place = entry.remote().and_then(|remote| remote.configured).unwrap_or(self.peers.peers.len());
+            let place = entry.remote().and_then(|remote| remote.configured).unwrap_or(self.places.span());
             if let Some(sum) = inflight.get_mut(place) {
                 *sum = sum.saturating_add(entry.quota.inflight());
             }
@@ -48,7 +48,7 @@ impl Node {
 fn session(id: u64, entry: &Entry, now: Millis, node: &Node) -> serde_json::Value {
     let (kind, name) = match (&entry.party, &entry.holder) {
         (Party::Peer(remote), _) => {
-            let peer = remote.configured.and_then(|peer| node.peers.peers.get(peer));
+            let peer = remote.configured.and_then(|peer| node.places.get(peer));
             ("peer", Some(peer.map_or(remote.name.as_str(), |peer| peer.name.as_str())))
         }
         (Party::Client, Holder::Local) => ("local", None),

@@ -385,3 +385,76 @@ fn one_peer_does_not_take_every_link() {
     assert_eq!(sim.nodes[2].peers_up(), 1);
     assert_eq!(sim.nodes[0].links.len(), crate::gossip::MAX_LINKS);
 }
+
+/// Caps change under traffic: nothing that was accepted is lost.
+#[test]
+fn caps_change_while_messages_flow() {
+    let mut sim = Sim::with(6, |config| config.gossip.fanout = 5);
+    sim.full_mesh();
+    let subscribers: Vec<_> = (0..6).map(|node| sim.subscriber(node)).collect();
+    let publisher = sim.publisher(0);
+    for n in 0..40 {
+        if n == 20 {
+            sim.configure(|config| {
+                config.gossip.fanout = 1;
+                config.gossip.lane_depth_frames = 8;
+                config.gossip.burst_frames = 64;
+            });
+        }
+        publish(&mut sim, 0, publisher, 1, &Publish::Message(format!("m{n}").into()));
+        sim.run(20);
+    }
+    sim.run(3_000);
+    for (node, subscriber) in subscribers.into_iter().enumerate() {
+        assert_eq!(texts(&sim.client_frames(node, subscriber)).len(), 40, "daemon {node}");
+    }
+}
+
+/// I-9: a lower rate holds for sessions that are there, and a higher one too.
+#[test]
+fn a_rate_changes_for_sessions_that_are_there() {
+    let mut sim = Sim::new(1);
+    let publisher = sim.publisher(0);
+    let three = |sim: &mut Sim| (0..3).for_each(|_| publish(sim, 0, publisher, 1, &Publish::Message("m".into())));
+    sim.configure(|config| config.overlay.per_peer_rps = 1);
+    three(&mut sim);
+    assert_eq!(sim.rejected_after(0, Reason::Quota), 2, "one was left of what was saved up");
+    sim.configure(|config| config.overlay.per_peer_rps = 200);
+    sim.run(100);
+    three(&mut sim);
+    assert_eq!(sim.rejected_after(0, Reason::Quota), 2);
+}
+
+/// A scale-down: who is no longer configured keeps its session while it may be draining, and
+/// loses it after. Who is configured anew at the free place is somebody else.
+#[test]
+fn a_peer_that_is_no_longer_configured_may_drain() {
+    let mut sim = Sim::new(3);
+    sim.full_mesh();
+    let mut places = sim.nodes[0].places.clone();
+    let left: Vec<_> = places.iter().filter(|(_, peer)| peer.name != "node-2").map(|(_, peer)| peer.clone()).collect();
+    places.update(&left);
+    let everyone = sim.nodes[0].places.clone();
+    let clock = sim.clock();
+    sim.nodes[0].handle_peers(places.clone(), clock);
+    let subscriber = sim.subscriber(0);
+    let publisher = sim.publisher(2);
+    publish(&mut sim, 2, publisher, 1, &Publish::Message("still here".into()));
+    sim.run(1_000);
+    assert_eq!(texts(&sim.client_frames(0, subscriber)), ["still here"]);
+    assert_eq!(sim.nodes[0].peers_up(), 2);
+    sim.run(40_000);
+    assert_eq!(sim.nodes[0].peers_up(), 1, "after drain delay and timeout it is closed");
+    sim.dial(2, 0);
+    sim.run(200);
+    assert_eq!(sim.nodes[0].peers_up(), 1, "and a new session of it is no peer's");
+    let clock = sim.clock();
+    sim.nodes[0].handle_peers(everyone, clock);
+    sim.run(200);
+    assert_eq!(sim.nodes[0].peers_up(), 2, "until it is configured again");
+    sim.cut(1, 2); // no way but this session
+    let (subscriber, publisher) = (sim.subscriber(0), sim.publisher(2));
+    publish(&mut sim, 2, publisher, 1, &Publish::Message("back".into()));
+    sim.run(11_000);
+    assert!(texts(&sim.client_frames(0, subscriber)).contains(&"back".to_owned()));
+}

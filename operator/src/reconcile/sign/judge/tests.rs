@@ -48,7 +48,8 @@ fn node_json() -> Value {
 fn set_json() -> Value {
     let node: OverlayNode = serde_json::from_value(node_json()).unwrap();
     let source = TlsSource::PodCertificate;
-    let template = pod_template(&node, &daemon_config(&node, &Placement::pod(&node, source)), "x", source).unwrap();
+    let template =
+        pod_template(&node, &daemon_config(&node, &Placement::pod(&node, source)), "x", None, source).unwrap();
     json!({
         "metadata": {
             "name": "mesh", "uid": "set-uid",

@@ -58,7 +58,7 @@ impl Sim {
                 .map(|p| Peer { name: format!("node-{p}"), address: "x:1".into(), identity: identity(p) })
                 .collect();
             let peers = PeersConfig { format: FORMAT, name: format!("node-{n}"), peers };
-            Node::new(config, peers, identity(n), Incarnation(n as u64 + 1), Millis(0))
+            Node::new(config, &peers, identity(n), Incarnation(n as u64 + 1), Millis(0))
         });
         Self {
             nodes: nodes.collect(),
@@ -71,6 +71,15 @@ impl Sim {
             black: BTreeSet::new(),
             rejected: BTreeMap::new(),
             refuse_starts: false,
+        }
+    }
+
+    /// Changes the configuration of every daemon, as a reload does.
+    pub(super) fn configure(&mut self, change: impl Fn(&mut DaemonConfig)) {
+        for node in &mut self.nodes {
+            let mut config = node.config.clone();
+            change(&mut config);
+            node.handle_config(&config, Millis(self.now));
         }
     }
 
@@ -94,7 +103,8 @@ impl Sim {
         let (a, b) = (self.end(from), self.end(to));
         self.wires.insert(a, b);
         self.wires.insert(b, a);
-        let place = self.nodes[from].peers.peers.iter().position(|peer| peer.identity == identity(to));
+        let place =
+            self.nodes[from].places.iter().find(|(_, peer)| peer.identity == identity(to)).map(|(place, _)| place);
         let handshake_ends = self.clock().now.after(3_000);
         let opening = |of, dialled| Opening {
             holder: Holder::Certificate(identity(of)),
@@ -203,6 +213,13 @@ impl Sim {
 
     pub(super) fn rejected(&self, node: usize, reason: Reason) -> u64 {
         self.rejected.get(&(node, reason)).copied().unwrap_or(0)
+    }
+
+    /// [`Self::rejected`], once what was decided is carried out.
+    pub(super) fn rejected_after(&mut self, node: usize, reason: Reason) -> u64 {
+        let clock = self.clock();
+        self.transmit(node, clock);
+        self.rejected(node, reason)
     }
 
     /// Lets `ms` milliseconds pass.

@@ -1,0 +1,165 @@
+//! Configuration that changes while a daemon runs: what is in effect follows the files, no
+//! session is lost, and what cannot be taken up is said and counted (G-3's caps, I-9).
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use overlay_tests::http;
+use overlay_tests::programs;
+use overlay_tests::wait;
+use serde_json::Value;
+
+use crate::local::mesh::{Daemon, LIMIT, Mesh};
+
+const TWO: &str = "apiVersion: overlay.rustyonions.io/v1alpha1
+kind: OverlayNode
+metadata: {name: two}
+spec: {replicas: 2, readiness: {minPeers: 1}, drain: {delay: 0s, timeout: 1s}}
+";
+
+/// A daemon of a mesh of two, and the files that it was started with.
+struct Target {
+    mesh: Mesh,
+    daemon: Daemon,
+}
+
+impl Target {
+    fn start() -> Result<Self> {
+        let mesh = Mesh::start(TWO, &[])?;
+        let daemon = mesh.ready()?.remove(0);
+        Ok(Self { mesh, daemon })
+    }
+
+    /// Replaces a piece of one of the files, whole, as Kubernetes does.
+    fn edit(&self, file: &str, from: &str, to: &str) -> Result<()> {
+        let path = self.file(file);
+        let text = fs::read_to_string(&path)?;
+        ensure!(text.contains(from), "{file} has no {from}:\n{text}");
+        let new = path.with_extension("new");
+        fs::write(&new, text.replace(from, to))?;
+        Ok(fs::rename(new, path)?)
+    }
+
+    fn file(&self, file: &str) -> PathBuf {
+        self.daemon.socket.with_file_name(file)
+    }
+
+    /// What `/readyz` says is running.
+    fn running(&self, which: &str) -> Result<String> {
+        let body: Value = serde_json::from_str(&http::get(self.daemon.admin, "/readyz")?.body)?;
+        Ok(body[which].as_str().with_context(|| format!("no {which} in {body}"))?.to_owned())
+    }
+
+    fn metrics(&self) -> Result<String> {
+        Ok(http::get(self.daemon.admin, "/metrics")?.body)
+    }
+
+    /// Waits until something else is running, and says what.
+    fn changed(&self, which: &str, was: &str) -> Result<String> {
+        wait::until_true(&format!("another {which} to be running"), LIMIT, || Ok(self.running(which)? != was))?;
+        self.running(which)
+    }
+
+    /// The number of the session with the peer, as `status` shows it.
+    fn peer_session(&self) -> Result<Value> {
+        let output = Command::new(programs::built("overlay-daemon")?)
+            .args(["status", "--output", "json", "--socket"])
+            .arg(&self.daemon.socket)
+            .output()?;
+        let status: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("{output:?}"))?;
+        let sessions = status["sessions"].as_array().context("no sessions")?;
+        Ok(sessions.iter().find(|session| session["kind"] == "peer").context("no peer")?["id"].clone())
+    }
+
+    fn failed_reloads(&self) -> Result<f64> {
+        let metrics = self.metrics()?;
+        let line = metrics.lines().find(|l| l.starts_with("overlay_config_reloads_total{result=\"failed\""));
+        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).context("no count of failed reloads")
+    }
+}
+
+#[test]
+fn caps_change_and_no_session_is_lost() -> Result<()> {
+    let target = Target::start()?;
+    let was = target.running("config")?;
+    let session = target.peer_session()?;
+    // One request a second, so that a second one is refused.
+    target.edit("overlay.toml", "per_peer_rps = 200", "per_peer_rps = 1")?;
+    target.edit("overlay.toml", "fanout = 6", "fanout = 2")?;
+    wait::until_true("all three to be taken up", LIMIT, || {
+        let hash = target.running("config")?;
+        let info = target.metrics()?.contains(&format!("overlay_config_info{{hash=\"{hash}\""));
+        target.mesh.publish(&target.daemon, "t", &["probe", "--retries", "0"]).ok();
+        Ok(hash != was
+            && info
+            && target.metrics()?.contains("reason=\"quota\",amnesia=\"on\"} ")
+            && quota(&target)? > 0.0)
+    })?;
+    ensure!(target.metrics()?.matches("overlay_config_info{").count() == 1, "one configuration is running");
+    ensure!(target.peer_session()? == session, "the session with the peer is the one that it was");
+    Ok(())
+}
+
+fn quota(target: &Target) -> Result<f64> {
+    let metrics = target.metrics()?;
+    let line = metrics.lines().find(|l| l.starts_with("overlay_rejected_total{reason=\"quota\""));
+    line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).context("no count of refusals")
+}
+
+/// A peer that is taken out loses its series at once, and stops being a peer when it had time
+/// to drain; what it dials after that is a client's session. Put back, it is the peer that it was.
+#[test]
+fn peers_come_and_go() -> Result<()> {
+    let target = Target::start()?;
+    let path = target.file("peers-two-0.toml");
+    let text = fs::read_to_string(&path)?;
+    let alone = text.split("[[peer]]").next().context("a peers file")?.to_owned();
+    let was = target.running("peers")?;
+    let series =
+        |target: &Target| Ok::<_, anyhow::Error>(target.metrics()?.contains("overlay_inflight{peer=\"two-1\""));
+    ensure!(series(&target)?);
+
+    let write = |text: &str| {
+        fs::write(path.with_extension("new"), text)?;
+        fs::rename(path.with_extension("new"), &path)
+    };
+    write(&alone)?;
+    target.changed("peers", &was)?;
+    ensure!(!series(&target)?, "the series of a peer that is no longer configured goes");
+    let peers = |count: u32| {
+        Ok::<_, anyhow::Error>(
+            http::get(target.daemon.admin, "/readyz")?.body.contains(&format!("\"{count} of at least")),
+        )
+    };
+    wait::until_true("it to be a peer no more", LIMIT, || peers(0))?;
+
+    write(&text)?;
+    wait::until_true("the peer to be back", LIMIT, || {
+        Ok(target.running("peers")? == was && series(&target)? && peers(1)?)
+    })
+}
+
+#[test]
+fn what_cannot_be_taken_up_is_counted_once() -> Result<()> {
+    let target = Target::start()?;
+    let was = target.running("config")?;
+    target.edit("overlay.toml", "delay_ms = 0", "delay_ms = 7")?;
+    wait::until_true(
+        "a setting that waits for a restart to be counted",
+        LIMIT,
+        || Ok(target.failed_reloads()? == 1.0),
+    )?;
+    ensure!(target.running("config")? == was, "what is in effect is what it was");
+
+    target.edit("overlay.toml", "fanout = 6", "fanout = 0")?;
+    wait::until_true("a broken file to be counted", LIMIT, || Ok(target.failed_reloads()? == 2.0))?;
+    ensure!(target.running("config")? == was);
+
+    // Beside a setting that waits, one that does not is taken up.
+    target.edit("overlay.toml", "fanout = 0", "fanout = 3")?;
+    target.changed("config", &was)?;
+    ensure!(target.failed_reloads()? == 3.0, "{}", target.failed_reloads()?);
+    Ok(())
+}

@@ -18,7 +18,7 @@ pub(crate) const SYSTEM: &str = "overlay-system";
 /// The namespace of the example.
 pub(crate) const APPS: &str = "apps";
 /// How long one step may take.
-pub(crate) const LIMIT: Duration = Duration::from_secs(90);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 /// How long a running daemon may take to run a new configuration, and a refusal to show.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
 

@@ -77,7 +77,7 @@ fn install(world: &World) -> Result<()> {
     ] {
         world.cluster.load(image, &[program])?;
     }
-    let crds = ours("prometheus-operator-crd");
+    let crds = ours("prometheus-operator-crd").canonicalize().context("the Prometheus operator's CRDs")?;
     // Their schemas are longer than the annotation of a client-side apply may be.
     world.kubectl(&format!("apply --server-side -f {}", crds.display()))?;
     world.kubectl(&format!("wait --for=condition=Established --timeout=60s -f {}", crds.display()))?;

@@ -41,8 +41,7 @@ pub(crate) fn a_namespace_that_refuses_the_pod_shows(world: &World) -> Result<()
     world.admin().apply("walled", POLICY)?;
     // The API server takes a moment to enforce it.
     world.until("the policy to be enforced", LIMIT, || {
-        let probe = ["run", "probe", "-n", "walled", "--image=localhost/pause:1", "--dry-run=server"];
-        let outcome = world.admin().try_run(&probe, None)?;
+        let outcome = world.admin().try_run(&["create", "-n", "walled", "--dry-run=server", "-f", "-"], Some(POD))?;
         Ok(if outcome.stderr.contains("not welcome") { Look::Holds(()) } else { Look::NotYet(outcome.stderr) })
     })?;
     world.apply_node("walled", "refused", "{replicas: 1, drain: {delay: 0s}}")?;
@@ -51,6 +50,19 @@ pub(crate) fn a_namespace_that_refuses_the_pod_shows(world: &World) -> Result<()
     world.wait_ready("walled", "refused")?;
     world.kubectl("delete namespace walled --wait=false").map(|_| ())
 }
+
+/// A pod that fits the restricted standard.
+const POD: &str = "
+apiVersion: v1
+kind: Pod
+metadata: {name: probe}
+spec:
+  securityContext: {runAsNonRoot: true, runAsUser: 65532, seccompProfile: {type: RuntimeDefault}}
+  containers:
+    - name: probe
+      image: localhost/pause:1
+      securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
+";
 
 const POLICY: &str = "
 apiVersion: admissionregistration.k8s.io/v1

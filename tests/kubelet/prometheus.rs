@@ -1,7 +1,6 @@
 //! The Prometheus operator, as its users run it: the chart's monitors make every daemon and
 //! the operator targets, and the golden metrics are there to be queried (I-10, C-5).
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -73,7 +72,7 @@ fn install(world: &World) -> Result<()> {
     for (image, program) in [
         ("localhost/prometheus-operator:1", ours("prometheus-operator")),
         ("localhost/prometheus-config-reloader:1", ours("prometheus-config-reloader")),
-        ("localhost/prometheus:1", PathBuf::from("/usr/bin/prometheus")),
+        ("localhost/prometheus:1", ours("prometheus")),
     ] {
         world.cluster.load(image, &[program])?;
     }

@@ -6,5 +6,4 @@ package tools
 import (
 	_ "github.com/prometheus-operator/prometheus-operator/cmd/operator"
 	_ "github.com/prometheus-operator/prometheus-operator/cmd/prometheus-config-reloader"
-	_ "github.com/prometheus/prometheus/cmd/prometheus"
 )

@@ -34,6 +34,7 @@ const CASES: &[Case<World>] = &[
     ("second_reconcile_writes_nothing", mesh::second_reconcile_writes_nothing),
     ("operator_restart_changes_nothing", faults::restart_changes_nothing),
     ("mesh_scales", mesh::scales),
+    ("mesh_live_changes_roll_nothing", mesh::live_changes_roll_nothing),
     ("mesh_children_are_collected", mesh::children_are_collected),
     ("foreign_child_stalls", faults::foreign_child_stalls),
     ("changed_child_is_put_back", faults::changed_child_is_put_back),

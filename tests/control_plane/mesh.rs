@@ -286,3 +286,41 @@ pub(crate) fn children_are_collected(world: &World) -> Result<()> {
         Ok(if children.is_empty() { Look::Holds(()) } else { Look::NotYet(format!("{:?}", children.keys())) })
     })
 }
+
+/// A gossip cap reaches running pods by their volumes, of which an annotation tells the kubelet;
+/// the drain takes a restart.
+pub(crate) fn live_changes_roll_nothing(world: &World) -> Result<()> {
+    let (namespace, name) = ("live", "mesh");
+    let annotations = || -> Result<Vec<Value>> {
+        let text = world.admin().run(&["get", "pods", "-n", namespace, "-o", "json"])?;
+        let pods: Value = serde_json::from_str(&text)?;
+        let pods = pods["items"].as_array().cloned().unwrap_or_default();
+        Ok(pods
+            .iter()
+            .map(|pod| pod["metadata"]["annotations"]["overlay.rustyonions.io/config-hash"].clone())
+            .collect())
+    };
+    let generation = || {
+        Ok::<_, anyhow::Error>(
+            world.admin().must_get(namespace, "statefulset", name)?["metadata"]["generation"].clone(),
+        )
+    };
+    let annotated = |what: &str, differs: &[Value]| {
+        wait::until_true(what, LIMIT, || {
+            let now = annotations()?;
+            Ok(now.len() == 2 && now.iter().all(|one| one.is_string() && !differs.contains(one)))
+        })
+    };
+
+    world.apply_node(namespace, name, "{replicas: 2}")?;
+    world.settled(namespace, name)?;
+    annotated("pods to be told of their configuration", &[])?;
+    let (set, first) = (generation()?, annotations()?);
+    world.apply_node(namespace, name, "{replicas: 2, gossip: {fanout: 2}}")?;
+    annotated("pods to be told of another", &first)?;
+    let config = world.admin().must_get(namespace, "configmap", "mesh-config")?;
+    ensure!(config["data"]["overlay.toml"].as_str().is_some_and(|text| text.contains("fanout = 2")), "{config}");
+    ensure!(generation()? == set, "the StatefulSet is as it was");
+    world.apply_node(namespace, name, "{replicas: 2, gossip: {fanout: 2}, drain: {delay: 1s}}")?;
+    wait::until_true("the pods to be rolled", LIMIT, || Ok(generation()? != set))
+}

@@ -10,19 +10,17 @@ use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
-/// Bytes of one answer.
-const MAX_ANSWER: usize = 4 << 20;
-
 /// One question on a connection of its own: the daemon closes after its answer. None where
-/// nobody answers, or not in HTTP. It may take for ever: the caller has the deadline.
-pub(crate) async fn get(admin: SocketAddr, path: &str) -> Option<(StatusCode, String)> {
+/// nobody answers, or not in HTTP, or with more than `most` bytes: what answers in a pod may be
+/// anything. It may take for ever: the caller has the deadline.
+pub(crate) async fn get(admin: SocketAddr, path: &str, most: usize) -> Option<(StatusCode, String)> {
     let stream = TcpStream::connect(admin).await.ok()?;
     let (mut requests, connection) = http1::handshake(TokioIo::new(stream)).await.ok()?;
     let request = Request::get(path).header(HOST, admin.to_string()).body(Empty::<Bytes>::new()).ok()?;
     let answer = async {
         let answer = requests.send_request(request).await.ok()?;
         let status = answer.status();
-        let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await.ok()?.to_bytes();
+        let body = Limited::new(answer.into_body(), most).collect().await.ok()?.to_bytes();
         Some((status, String::from_utf8_lossy(&body).into_owned()))
     };
     tokio::pin!(answer, connection);

@@ -199,8 +199,13 @@ impl Turn {
             Input::Token(token) => self.node.handle_token(token),
             Input::Config(config) => self.node.handle_config(&config, self.clock.now()),
             Input::Peers(peers) => {
+                // What was decided is about the places as they were.
+                self.carry_out_all();
                 self.peers = peers;
                 self.node.handle_peers(self.peers.places.clone(), self.time());
+                for (place, up) in self.peers.up.iter().enumerate() {
+                    up.send_replace(self.node.is_up(place));
+                }
             }
             Input::Drain => self.node.handle_drain(),
         }
@@ -244,10 +249,14 @@ impl Turn {
                 let _gone = live.writer.try_send(batch);
             }
         }
+        self.carry_out_all();
+        self.publish(time.now);
+    }
+
+    fn carry_out_all(&mut self) {
         while let Some(output) = self.node.poll_output() {
             self.carry_out(output);
         }
-        self.publish(time.now);
     }
 
     fn carry_out(&mut self, output: Output) {

@@ -18,6 +18,8 @@ const WHILE_STARTING: Duration = Duration::from_millis(200);
 const WHILE_READY: Duration = Duration::from_secs(1);
 /// For both answers.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// Bytes of one answer.
+const MAX_ANSWER: usize = 4 << 20;
 /// Missing conditions that are told.
 const MAX_MISSING: usize = 16;
 /// The gauge of open sessions.
@@ -37,8 +39,8 @@ pub(super) async fn watch(daemon: usize, admin: SocketAddr, answers: mpsc::Sende
 
 /// `None` if nobody answers, or not in HTTP.
 async fn ask(admin: SocketAddr) -> Option<Probe> {
-    let (status, readyz) = get(admin, "/readyz").await?;
-    let metrics = get(admin, "/metrics").await.filter(|(status, _)| *status == StatusCode::OK);
+    let (status, readyz) = get(admin, "/readyz", MAX_ANSWER).await?;
+    let metrics = get(admin, "/metrics", MAX_ANSWER).await.filter(|(status, _)| *status == StatusCode::OK);
     let sessions = metrics.and_then(|(_, text)| sessions(&text));
     Some(match status {
         StatusCode::OK => Probe::Ready { sessions },

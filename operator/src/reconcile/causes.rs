@@ -100,7 +100,7 @@ impl<'a> Seen<'a> {
             // The event says why in every phase; what the pod says alternates with "Back-off".
             let pulled = |event: &Event| event.message.as_deref().and_then(after_failed_to_pull);
             let text = self.of(pod, "Failed").find_map(pulled).or(said).unwrap_or_else(|| reason.to_owned());
-            Some(format!("image {} cannot be pulled: {}", status.image, clip(&text)))
+            Some(format!("image {} cannot be pulled: {}", clip(&status.image), clip(&text)))
         })
     }
 
@@ -261,7 +261,7 @@ fn after_failed_to_pull(message: &str) -> Option<String> {
 }
 
 /// On one line, and not too long for a column.
-fn clip(text: &str) -> String {
+pub(super) fn clip(text: &str) -> String {
     clip_to(text.split_whitespace().collect::<Vec<_>>().join(" "), MAX_TEXT)
 }
 

@@ -15,10 +15,15 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::plan::{Kind, Wanted};
+use super::status::clip_to;
 use crate::api::OverlayNode;
 
-/// Events of one object that are read: alike ones are counted in one, and they go after an hour.
-const EVENTS: u32 = 200;
+/// Events of one answer, and answers about one object.
+const PAGE_OF_EVENTS: u32 = 20;
+/// See [`PAGE_OF_EVENTS`].
+const PAGES_OF_EVENTS: usize = 10;
+/// Bytes of an event's text that are kept.
+const MAX_EVENT_TEXT: usize = 2_048;
 
 /// The watched objects.
 pub(super) struct Caches {
@@ -119,11 +124,22 @@ where
 /// As [`live`].
 pub(super) async fn events(client: &Client, namespace: &str, about: &[String]) -> Result<Vec<Event>, kube::Error> {
     let api: Api<Event> = Api::namespaced(client.clone(), namespace);
-    let lists = about.iter().map(|uid| {
-        let params = ListParams::default().fields(&format!("involvedObject.uid={uid}")).limit(EVENTS);
-        let api = &api;
-        async move { api.list(&params).await }
-    });
-    let lists = futures::future::try_join_all(lists).await?;
-    Ok(lists.into_iter().flat_map(|list| list.items).collect())
+    let mut events = Vec::new();
+    // One after the other, and little by little: an event's text has no limit that holds.
+    for uid in about {
+        let mut params = ListParams::default().fields(&format!("involvedObject.uid={uid}")).limit(PAGE_OF_EVENTS);
+        for _ in 0..PAGES_OF_EVENTS {
+            let page = api.list(&params).await?;
+            events.extend(page.items.into_iter().map(trimmed));
+            let Some(token) = page.metadata.continue_.filter(|token| !token.is_empty()) else { break };
+            params = params.continue_token(&token);
+        }
+    }
+    Ok(events)
+}
+
+fn trimmed(mut event: Event) -> Event {
+    event.message = event.message.map(|message| clip_to(message, MAX_EVENT_TEXT));
+    (event.metadata.managed_fields, event.metadata.annotations) = (None, None);
+    event
 }

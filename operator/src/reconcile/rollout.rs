@@ -2,6 +2,7 @@
 //! reaches a pod through its volumes: an annotation has the kubelet refresh them at once, and
 //! the daemon says in `/readyz` what it runs. Asks only while something is not confirmed.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
 use overlay_core::config::{DaemonConfig, PeersConfig};
 use serde::Deserialize;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::node::{Context, explain};
 use super::{apply, pods};
@@ -22,6 +23,10 @@ use crate::daemon;
 const ASKED_AT_ONCE: usize = 32;
 /// For an answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+/// For all of them.
+const LOOK_WITHIN: Duration = Duration::from_secs(4);
+/// Bytes of an answer: a daemon's is a tenth of it.
+const MAX_ANSWER: usize = 16 * 1024;
 
 /// The hashes of what each daemon is to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,41 +83,72 @@ impl Rollout {
 }
 
 /// What a daemon says that it runs.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-struct Running {
-    config: String,
-    peers: String,
+#[derive(Debug, Deserialize)]
+struct Running<'a> {
+    #[serde(borrow)]
+    config: Cow<'a, str>,
+    #[serde(borrow)]
+    peers: Cow<'a, str>,
+}
+
+/// What one daemon answered. Nothing of its words is kept: whose image it is, is anyone's guess.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    Current,
+    Behind,
+    None,
 }
 
 /// Has every pod that is behind refreshed, and asks who runs what. Pods that the API server
-/// does not show, or will not have annotated, are behind.
+/// does not show, or will not have annotated, are behind. Takes no longer than [`LOOK_WITHIN`]
+/// and the API server do.
 pub(super) async fn look(context: &Context, node: &OverlayNode, plan: &Plan) -> Rollout {
     let (namespace, name) = (names::namespace(node), names::name(node));
-    let pods = pods::list(&context.client, namespace, name).await.unwrap_or_else(|error| {
+    let mut pods = pods::list(&context.client, namespace, name).await.unwrap_or_else(|error| {
         tracing::warn!(namespace, name, "cannot read the pods: {}", explain(&error));
         Vec::new()
     });
+    pods.retain(|pod| is_staying(pod) && pod.metadata.name.as_ref().is_some_and(|name| plan.peers.contains_key(name)));
     let hash = plan.hash();
-    for pod in pods.iter().filter(|pod| is_staying(pod) && annotation(pod) != Some(&hash)) {
+    for pod in pods.iter().filter(|pod| annotation(pod) != Some(&hash)) {
         if let Err(error) = apply::pod_annotation(&context.client, &context.metrics, pod, &hash).await {
             tracing::warn!(namespace, name, "cannot annotate a pod: {}", explain(&error));
         }
     }
     let asked = pods.iter().filter_map(|pod| Some((pod.metadata.name.clone()?, address(pod)?)));
-    let answers = futures::stream::iter(asked.collect::<Vec<_>>()).map(|(name, admin)| async move {
-        let answer = timeout(ANSWER_WITHIN, daemon::get(admin, "/readyz")).await.ok().flatten();
-        (name, answer.and_then(|(_, body)| serde_json::from_str(&body).ok()))
+    let mut answers: BTreeMap<String, Answer> = asked.clone().map(|(name, _)| (name, Answer::None)).collect();
+    let questions = futures::stream::iter(asked.collect::<Vec<_>>()).map(|(name, admin)| async move {
+        let answer = ask(admin, plan, &name).await;
+        (name, answer)
     });
-    judge(plan, answers.buffer_unordered(ASKED_AT_ONCE).collect().await)
+    let mut questions = questions.buffer_unordered(ASKED_AT_ONCE);
+    // Who has not been heard by then is silent: others wait for this reconciliation to end.
+    let deadline = Instant::now() + LOOK_WITHIN;
+    while let Ok(Some((name, answer))) = timeout_at(deadline, questions.next()).await {
+        answers.insert(name, answer);
+    }
+    judge(plan, &answers)
 }
 
-fn judge(plan: &Plan, answers: BTreeMap<String, Option<Running>>) -> Rollout {
+async fn ask(admin: SocketAddr, plan: &Plan, name: &str) -> Answer {
+    let answer = timeout(ANSWER_WITHIN, daemon::get(admin, "/readyz", MAX_ANSWER)).await.ok().flatten();
+    let Some((_, body)) = answer else { return Answer::None };
+    match serde_json::from_str::<Running<'_>>(&body) {
+        Ok(running) if running.config == plan.config && plan.peers.get(name).is_some_and(|p| running.peers == *p) => {
+            Answer::Current
+        }
+        Ok(_) => Answer::Behind,
+        Err(_) => Answer::None,
+    }
+}
+
+fn judge(plan: &Plan, answers: &BTreeMap<String, Answer>) -> Rollout {
     let mut rollout = Rollout { wanted: plan.peers.len(), ..Rollout::default() };
-    for (name, peers) in &plan.peers {
+    for name in plan.peers.keys() {
         match answers.get(name) {
-            Some(Some(running)) if running.config == plan.config && running.peers == *peers => rollout.current += 1,
-            Some(None) => rollout.silent.push(name.clone()),
-            Some(Some(_)) | None => {}
+            Some(Answer::Current) => rollout.current += 1,
+            Some(Answer::None) => rollout.silent.push(name.clone()),
+            Some(Answer::Behind) | None => {}
         }
     }
     rollout
@@ -144,23 +180,46 @@ mod tests {
         Plan { config: "c".into(), peers: peers.iter().map(text).collect() }
     }
 
-    fn running(config: &str, peers: &str) -> Option<Running> {
-        Some(Running { config: config.into(), peers: peers.into() })
-    }
-
     #[test]
     fn who_is_behind_and_who_is_silent() {
+        use Answer::{Behind, Current, None};
         let plan = plan(&[("m-0", "p0"), ("m-1", "p1"), ("m-2", "p2")]);
         for (answers, current, silent) in [
             (vec![], 0, vec![]),
-            (vec![("m-0", running("c", "p0")), ("m-1", running("c", "p1")), ("m-2", running("c", "p2"))], 3, vec![]),
-            (vec![("m-0", running("old", "p0")), ("m-1", running("c", "old")), ("m-2", running("c", "p2"))], 1, vec![]),
-            (vec![("m-0", running("c", "p0")), ("m-1", None), ("m-9", None)], 1, vec!["m-1".to_owned()]),
+            (vec![("m-0", Current), ("m-1", Current), ("m-2", Current)], 3, vec![]),
+            (vec![("m-0", Behind), ("m-1", Behind), ("m-2", Current)], 1, vec![]),
+            (vec![("m-0", Current), ("m-1", None), ("m-9", None)], 1, vec!["m-1".to_owned()]),
         ] {
             let answers = answers.into_iter().map(|(name, answer)| (name.to_owned(), answer)).collect();
-            let rollout = judge(&plan, answers);
+            let rollout = judge(&plan, &answers);
             assert_eq!((rollout.current, &rollout.silent), (current, &silent));
             assert_eq!(rollout.is_complete(), current == 3);
+        }
+    }
+
+    /// What answers in a pod may be anything.
+    #[tokio::test]
+    async fn an_answer_is_compared_and_not_kept() {
+        let plan = plan(&[("m-0", "p0")]);
+        let long = format!("{{\"config\":\"{}\",\"peers\":\"p0\"}}", "c".repeat(2 * MAX_ANSWER));
+        for (body, want) in [
+            ("{\"ready\":true,\"config\":\"c\",\"peers\":\"p0\",\"conditions\":[]}", Answer::Current),
+            ("{\"config\":\"c\",\"peers\":\"other\"}", Answer::Behind),
+            ("{\"config\":\"c\"}", Answer::None),
+            ("hello", Answer::None),
+            (long.as_str(), Answer::None),
+        ] {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let admin = listener.local_addr().unwrap();
+            let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+            let serve = async {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut seen = [0; 1024];
+                assert!(tokio::io::AsyncReadExt::read(&mut stream, &mut seen).await.unwrap() > 0);
+                tokio::io::AsyncWriteExt::write_all(&mut stream, answer.as_bytes()).await.ok();
+            };
+            let (got, ()) = tokio::join!(ask(admin, &plan, "m-0"), serve);
+            assert_eq!(got, want, "{}", &body[..body.len().min(40)]);
         }
     }
 

@@ -53,7 +53,11 @@ pub(super) struct Watches {
 #[must_use]
 pub(super) fn watches(client: &Client, health: &Arc<Health>, metrics: &Arc<Metrics>) -> (Watches, Caches) {
     let seen = |watch| Seen { watch, health: health.clone(), metrics: metrics.clone() };
-    let (nodes, cached_nodes) = events(client, watcher::Config::default(), seen(Watch::OverlayNode));
+    let (nodes, cached_nodes) =
+        events(client, watcher::Config::default(), seen(Watch::OverlayNode), |node: &mut OverlayNode| {
+            // A user's, up to 256 KiB, and nothing here goes by them.
+            node.metadata.annotations = None;
+        });
     let nodes = nodes.applied_objects().predicate_filter(predicates::generation, PredicateConfig::default()).boxed();
     let (stateful_sets, cached_stateful_sets) = owned(client, seen(Watch::StatefulSet));
     let (config_maps, cached_config_maps) = owned(client, seen(Watch::ConfigMap));
@@ -110,7 +114,7 @@ where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
 {
     let config = watcher::Config::default().labels(&format!("{}={}", labels::MANAGED_BY, labels::OPERATOR));
-    let (events, store) = events(client, config, seen);
+    let (events, store) = events(client, config, seen, |_| ());
     (events.touched_objects().boxed(), store)
 }
 
@@ -137,6 +141,7 @@ fn events<K>(
     client: &Client,
     config: watcher::Config,
     seen: Seen,
+    trim: fn(&mut K),
 ) -> (BoxStream<'static, watcher::Result<Event<K>>>, Store<K>)
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
@@ -146,7 +151,10 @@ where
     let stream = watcher(Api::<K>::all(client.clone()), config)
         .backoff(ResetTimerBackoff::new(Doubling::default(), HELD))
         // Half of an object's bytes say who set which field; nobody here asks.
-        .modify(|object| object.managed_fields_mut().clear())
+        .modify(move |object| {
+            object.managed_fields_mut().clear();
+            trim(object);
+        })
         .reflect(writer)
         .inspect(move |event| seen.handle(event))
         // Errors end here: the controller would hold back the events of every other watch over

@@ -72,6 +72,9 @@ struct Lane {
 pub struct Lanes {
     lanes: [Lane; 3],
     depth: usize,
+    /// That of the control lane: a smaller depth holds once the lane fits it, or answers that
+    /// are on their way would make the session look like one that reads nothing.
+    control_depth: usize,
     bytes: usize,
     /// Whose turn it is, and whether it has been given its quantum: a turn that the budget
     /// cut short goes on with the next batch.
@@ -86,7 +89,8 @@ impl Lanes {
     /// Lanes of `depth` frames each; that of chunks takes one whole message in any case.
     #[must_use]
     pub fn new(depth: u32) -> Self {
-        Self { lanes: Default::default(), depth: depth as usize, bytes: 0, turn: 0, granted: false, bucket: None }
+        let depth = depth as usize;
+        Self { lanes: Default::default(), depth, control_depth: depth, bytes: 0, turn: 0, granted: false, bucket: None }
     }
 
     /// From now on, at most `burst` messages and chunks a second.
@@ -106,13 +110,25 @@ impl Lanes {
     /// Another depth from now on. What a lane holds beyond it is sent, not dropped.
     pub fn resize(&mut self, depth: u32) {
         self.depth = depth as usize;
+        self.control_depth = self.control_depth.max(self.depth);
+        self.settle();
+    }
+
+    fn settle(&mut self) {
+        if self.lanes[Class::Control.index()].frames.len() < self.depth {
+            self.control_depth = self.depth;
+        }
     }
 
     /// Frames that `class` still takes.
     #[must_use]
     pub fn room(&self, class: Class) -> usize {
         // Or a message of the largest size, taken whole or not at all, would never go.
-        let depth = if class == Class::Bulk { self.depth.max(LARGEST) } else { self.depth };
+        let depth = match class {
+            Class::Control => self.control_depth,
+            Class::Interactive => self.depth,
+            Class::Bulk => self.depth.max(LARGEST),
+        };
         depth.saturating_sub(self.lanes[class.index()].frames.len())
     }
 
@@ -143,6 +159,7 @@ impl Lanes {
             self.turn = (self.turn + 1) % Class::ALL.len();
             self.granted = false;
         }
+        self.settle();
         out
     }
 

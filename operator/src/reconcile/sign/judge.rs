@@ -15,6 +15,7 @@ use overlay_core::identity::SpiffeId;
 use super::PodCertificateRequest;
 use crate::api::{CertificateSource, GROUP, KIND, OverlayNode, TlsSource};
 use crate::build::{names, source_of};
+use crate::reconcile::causes::clip;
 use crate::trust::{LEAF_LIFETIME, RequestError, RequestedKey};
 
 /// Why there is no certificate.
@@ -69,11 +70,11 @@ pub(super) struct Controller {
 }
 
 fn denied<T>(reason: Denial, message: impl Into<String>) -> Result<T, Refusal> {
-    Err(Refusal::Denied { reason, message: message.into() })
+    Err(Refusal::Denied { reason, message: clip(&message.into()) })
 }
 
 fn pending<T>(message: impl Into<String>) -> Result<T, Refusal> {
-    Err(Refusal::Pending(message.into()))
+    Err(Refusal::Pending(clip(&message.into())))
 }
 
 /// The key to certify.
@@ -160,6 +161,9 @@ pub(super) fn overlay_node(
     trust_domain: &str,
 ) -> Result<SpiffeId, Refusal> {
     let node = same(owner, KIND, node)?;
+    if node.namespace() != request.namespace() {
+        return pending(format!("{KIND} {} is not in the request's namespace", owner.name));
+    }
     if node.spec.tls.source == CertificateSource::SelfManaged {
         return pending(format!("{KIND} {} has spec.tls.source SelfManaged", owner.name));
     }
@@ -190,7 +194,9 @@ fn controller<K: Resource>(object: &K, group: &str, kind: &str) -> Result<Contro
 fn same<'a, K: Resource>(owner: &Controller, kind: &str, object: Option<&'a K>) -> Result<&'a K, Refusal> {
     match object {
         None => pending(format!("there is no {kind} {}", owner.name)),
-        Some(object) if object.meta().uid.as_deref() == Some(&owner.uid) => Ok(object),
+        Some(object) if object.meta().uid.as_deref() == Some(&owner.uid) && object.name_any() == owner.name => {
+            Ok(object)
+        }
         Some(_) => denied(Denial::NotAnOverlayNodesPod, format!("{kind} {} is another one than the pod's", owner.name)),
     }
 }

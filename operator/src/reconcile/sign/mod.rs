@@ -17,7 +17,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::core::NamespaceResourceScope;
 use kube::runtime::controller::{self, Action, Controller};
-use kube::runtime::watcher;
+use kube::runtime::{WatchStreamExt, reflector, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use overlay_core::identity::SpiffeId;
 use serde::de::DeserializeOwned;
@@ -68,8 +68,15 @@ pub(super) async fn run(signer: Signer, stop: CancellationToken) {
     tracing::info!(signer = SIGNER, "signing certificates for pods");
     let requests = Api::<PodCertificateRequest>::all(signer.client.clone());
     let ours = watcher::Config::default().fields(&format!("spec.signerName={SIGNER}"));
+    let (store, writer) = reflector::store();
+    let requests = watcher(requests, ours)
+        .default_backoff()
+        // Who asks may hang much on a request, and nobody here reads it.
+        .modify(|request| (request.metadata.managed_fields, request.metadata.annotations) = (None, None))
+        .reflect(writer)
+        .touched_objects();
     let metrics = signer.metrics.clone();
-    Controller::new(requests, ours)
+    Controller::for_stream(requests, store)
         .with_config(controller::Config::default().concurrency(CONCURRENCY))
         .graceful_shutdown_on(stop.cancelled_owned())
         .run(look, |_, error, _| match *error {}, Arc::new(signer))

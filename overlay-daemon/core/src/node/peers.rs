@@ -102,11 +102,33 @@ impl Node {
         for id in replaced {
             self.drop_session(id, None);
         }
+        self.take_back();
         let waiting = self.sessions.iter_mut().filter(|(_, entry)| !entry.closing);
         let strangers: Vec<_> = waiting.filter_map(|(id, entry)| Some((*id, entry.stranger.take()?))).collect();
         for (id, daemon) in strangers {
             self.meet(id, Some(daemon), clock);
         }
+    }
+
+    /// Who was on the way out and is configured again, goes on with the session that it has.
+    fn take_back(&mut self) {
+        let leaving: Vec<SessionId> = self.leaving.keys().copied().collect();
+        for id in leaving {
+            let remote = self.sessions.get(&id).and_then(Entry::remote);
+            let Some((identity, name)) = remote.map(|r| (r.identity.clone(), r.name.clone())) else { continue };
+            let Some(configured) = self.recognise(&identity, &name, None) else { continue };
+            self.leaving.remove(&id);
+            if let Some(remote) = self.sessions.get_mut(&id).and_then(Entry::remote_mut) {
+                remote.configured = configured;
+            }
+        }
+    }
+
+    /// Whether the peer at a place has a session.
+    #[must_use]
+    pub fn is_up(&self, place: usize) -> bool {
+        let remotes = self.sessions.values().filter(|entry| !entry.closing).filter_map(Entry::remote);
+        remotes.into_iter().any(|remote| remote.configured == Some(place))
     }
 
     /// Closes the sessions of peers that are no longer configured and had time to drain.

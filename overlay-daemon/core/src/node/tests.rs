@@ -458,3 +458,42 @@ fn a_peer_that_is_no_longer_configured_may_drain() {
     sim.run(11_000);
     assert!(texts(&sim.client_frames(0, subscriber)).contains(&"back".to_owned()));
 }
+
+/// Taken out and put back while it may drain: the session goes on, past the time to drain too.
+#[test]
+fn a_peer_that_is_configured_again_keeps_its_session() {
+    let mut sim = Sim::new(2);
+    sim.full_mesh();
+    let everyone = sim.nodes[0].places.clone();
+    for places in [Places::default(), everyone] {
+        let clock = sim.clock();
+        sim.nodes[0].handle_peers(places, clock);
+        sim.run(1_000);
+        assert_eq!(sim.nodes[0].peers_up(), 1);
+    }
+    sim.run(60_000);
+    assert!(sim.nodes[0].is_up(0) && sim.nodes[0].sessions.len() == 1);
+}
+
+/// The same name with another identity is another peer: its session goes, and its place is
+/// free to be dialled.
+#[test]
+fn another_identity_is_another_peer() {
+    let mut sim = Sim::new(2);
+    sim.full_mesh();
+    let everyone = sim.nodes[0].places.clone();
+    let mut places = everyone.clone();
+    let (_, peer) = everyone.iter().next().unwrap();
+    let other = "spiffe://td/ns/a/overlaynode/other".parse().unwrap();
+    places.update(&[crate::config::Peer { identity: other, ..peer.clone() }]);
+    let clock = sim.clock();
+    sim.nodes[0].handle_peers(places, clock);
+    assert!(!sim.nodes[0].is_up(0), "at once, so that it is dialled");
+    sim.run(100);
+    assert_eq!((sim.nodes[0].peers_up(), sim.nodes[0].sessions.len()), (0, 0));
+    let clock = sim.clock();
+    sim.nodes[0].handle_peers(everyone, clock);
+    sim.dial(0, 1);
+    sim.run(200);
+    assert!(sim.nodes[0].is_up(0));
+}

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use overlay_core::config::{DaemonConfig, Peer, PeersConfig, Places, Readiness};
+use overlay_core::config::{DaemonConfig, KeyExchange, Peer, PeersConfig, Places, Readiness};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
@@ -151,9 +151,15 @@ impl Reloader {
         let before = (self.config.clone(), self.peers.clone());
         match config {
             Ok(new) => {
-                let effective = self.config.with_live(&new);
-                if effective != new {
-                    problems.push(format!("{}: some settings wait for a restart", self.files.config.display()));
+                let mut effective = self.config.with_live(&new);
+                if !self.set_key_exchange(effective.tls.key_exchange).await {
+                    effective.tls.key_exchange = self.config.tls.key_exchange;
+                    problems.push("tls.key_exchange: waits until the key files can be used again".to_owned());
+                }
+                let waiting = effective.differences(&new);
+                if !waiting.is_empty() {
+                    let path = self.files.config.display();
+                    problems.push(format!("{path}: these wait for a restart: {}", waiting.join(", ")));
                 }
                 self.config = effective;
             }
@@ -178,12 +184,20 @@ impl Reloader {
         self.refused = problem;
     }
 
+    /// Whether handshakes are held to this policy from now on.
+    async fn set_key_exchange(&self, policy: KeyExchange) -> bool {
+        if policy == self.config.tls.key_exchange {
+            return true;
+        }
+        let (keys, now) = (Arc::clone(&self.told.keys), self.context.clock.unix_ms());
+        tokio::task::spawn_blocking(move || keys.handle_key_exchange(policy, now)).await.unwrap_or(false)
+    }
+
     async fn tell(&mut self, old: &DaemonConfig, old_peers: &PeersConfig) {
         let new = &self.config;
         if *new != *old {
             self.told.timing.send_replace(TransportConfig::from(&new.overlay));
             self.told.readiness.send_replace(new.readiness.clone());
-            self.told.keys.handle_key_exchange(new.tls.key_exchange);
             self.told.level.set(new.observability.log_level);
             if self.told.hub.send(Input::Config(Box::new(new.clone()))).await.is_err() {
                 return;

@@ -336,6 +336,11 @@ impl<K> Session<K> {
         Ok(Tick::Nothing)
     }
 
+    /// Another idle timeout from now on.
+    pub fn set_idle(&mut self, idle_ms: u64) {
+        self.timers.idle_ms = idle_ms;
+    }
+
     /// When [`Self::handle_timeout`] has something to do next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Millis> {

@@ -74,9 +74,19 @@ impl Keys {
         self.current.subscribe()
     }
 
-    /// Another policy for handshakes to come; the next look at the files makes a set for it.
-    pub fn handle_key_exchange(&self, policy: KeyExchange) {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).key_exchange = policy;
+    /// Makes a set for another policy, for handshakes to come. False, and the old policy stays,
+    /// where the files hold nothing usable now. Blocks on them.
+    pub fn handle_key_exchange(&self, policy: KeyExchange, unix_ms: u64) -> bool {
+        let set = |policy| {
+            let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut seen.key_exchange, policy)
+        };
+        let old = set(policy);
+        let taken = matches!(self.reload(unix_ms), Reload::Replaced | Reload::Unchanged);
+        if !taken {
+            set(old);
+        }
+        taken
     }
 
     /// A verifier of tokens that follows the current set.

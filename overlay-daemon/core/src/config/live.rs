@@ -21,6 +21,22 @@ impl DaemonConfig {
         }
     }
 
+    /// The settings that are others in `other`, as `section.key = value`.
+    #[must_use]
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let (Ok(own), Ok(other)) = (toml::Table::try_from(self), toml::Table::try_from(other)) else {
+            return Vec::new();
+        };
+        let mut found = Vec::new();
+        for (section, value) in &other {
+            let sections = (value.as_table(), own.get(section).and_then(toml::Value::as_table));
+            let (Some(keys), Some(own)) = sections else { continue };
+            let differ = keys.iter().filter(|(key, value)| own.get(*key) != Some(*value));
+            found.extend(differ.map(|(key, value)| format!("{section}.{key} = {value}")));
+        }
+        found
+    }
+
     /// What tells two configurations apart that a running daemon cannot turn into one another:
     /// [`Self::hash`] of this one with every live setting at its default.
     ///

@@ -319,9 +319,9 @@ fn live_settings() {
         ("metrics", |c| c.observability.metrics.set_port(7)),
         ("log_format", |c| c.observability.log_format = LogFormat::Text),
         ("certificate", |c| c.tls.certificate = "other".into()),
-        ("token", |c| c.token.file = "other".into()),
+        ("file", |c| c.token.file = "other".into()),
         ("socket", |c| c.unix.socket = "other".into()),
-        ("drain", |c| c.drain.delay_ms = 7),
+        ("delay_ms", |c| c.drain.delay_ms = 7),
     ];
     for (changes, is_live) in [(live, true), (restart, false)] {
         for (name, change) in changes {
@@ -331,6 +331,8 @@ fn live_settings() {
             assert_eq!(base.with_live(&new) == new, is_live, "{name}");
             assert_eq!(base.restart_hash() == new.restart_hash(), is_live, "{name}");
             assert_ne!(base.hash(), new.hash(), "{name}");
+            let waiting = base.with_live(&new).differences(&new);
+            assert!(waiting.len() == usize::from(!is_live) && waiting.iter().all(|w| w.contains(name)), "{waiting:?}");
         }
     }
 }

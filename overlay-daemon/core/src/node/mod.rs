@@ -157,11 +157,14 @@ impl Node {
         self.engine.handle_config(gossip);
         for entry in self.sessions.values_mut() {
             entry.quota.resize(overlay.per_peer_rps, overlay.per_peer_inflight, now);
+            entry.session.set_idle(overlay.idle_timeout_ms);
             entry.lanes.resize(gossip.lane_depth_frames);
             if entry.lanes.is_limited() {
                 entry.lanes.limit(gossip.burst_frames, now);
             }
         }
+        let ids: Vec<SessionId> = self.sessions.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.reschedule(id));
     }
 
     /// What readiness was judged to be, and whether writes are shed.

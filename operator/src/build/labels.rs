@@ -12,8 +12,9 @@ pub const OPERATOR: &str = "overlay-operator";
 /// The annotation of a pod template with the hash of what takes a restart to change: another
 /// one rolls the pods.
 pub const RESTART_HASH: &str = "overlay.rustyonions.io/restart-hash";
-/// The annotation of a pod with the hash of what was last written for it: another one has the
-/// kubelet refresh the pod's volumes at once, rather than within a minute or two.
+/// The annotation of a pod with the hash of what was last written for it, and how often it was
+/// told: another value has the kubelet refresh the pod's volumes at once, rather than within a
+/// minute or two.
 pub const CONFIG_HASH: &str = "overlay.rustyonions.io/config-hash";
 
 /// Labels of everything that belongs to the OverlayNode `name`.

@@ -110,10 +110,8 @@ pub(super) async fn look(context: &Context, node: &OverlayNode, plan: &Plan) -> 
     });
     pods.retain(|pod| is_staying(pod) && pod.metadata.name.as_ref().is_some_and(|name| plan.peers.contains_key(name)));
     let hash = plan.hash();
-    for pod in pods.iter().filter(|pod| annotation(pod) != Some(&hash)) {
-        if let Err(error) = apply::pod_annotation(&context.client, &context.metrics, pod, &hash).await {
-            tracing::warn!(namespace, name, "cannot annotate a pod: {}", explain(&error));
-        }
+    for pod in pods.iter().filter(|pod| times_told(pod, &hash) == 0) {
+        tell(context, pod, &hash, 1).await;
     }
     let asked = pods.iter().filter_map(|pod| Some((pod.metadata.name.clone()?, address(pod)?)));
     let mut answers: BTreeMap<String, Answer> = asked.clone().map(|(name, _)| (name, Answer::None)).collect();
@@ -127,7 +125,23 @@ pub(super) async fn look(context: &Context, node: &OverlayNode, plan: &Plan) -> 
     while let Ok(Some((name, answer))) = timeout_at(deadline, questions.next()).await {
         answers.insert(name, answer);
     }
+    // The kubelet may have looked before it knew of the new configuration: it is told again.
+    let behind = |pod: &&Pod| pod.metadata.name.as_ref().and_then(|n| answers.get(n)) == Some(&Answer::Behind);
+    for pod in pods.iter().filter(behind) {
+        match times_told(pod, &hash) {
+            0 => {}
+            told => tell(context, pod, &hash, told.saturating_add(1)).await,
+        }
+    }
     judge(plan, &answers)
+}
+
+/// Annotates a pod with what it is to run, and how often it was told.
+async fn tell(context: &Context, pod: &Pod, hash: &str, times: u32) {
+    let value = format!("{hash}.{times}");
+    if let Err(error) = apply::pod_annotation(&context.client, &context.metrics, pod, &value).await {
+        tracing::warn!(pod = pod.metadata.name, "cannot annotate a pod: {}", explain(&error));
+    }
 }
 
 async fn ask(admin: SocketAddr, plan: &Plan, name: &str) -> Answer {
@@ -158,8 +172,11 @@ fn is_staying(pod: &Pod) -> bool {
     pod.metadata.deletion_timestamp.is_none()
 }
 
-fn annotation(pod: &Pod) -> Option<&String> {
-    pod.metadata.annotations.as_ref()?.get(labels::CONFIG_HASH)
+/// How often the pod was told of the plan with this hash.
+fn times_told(pod: &Pod, hash: &str) -> u32 {
+    let annotation = pod.metadata.annotations.as_ref().and_then(|all| all.get(labels::CONFIG_HASH));
+    let told = annotation.and_then(|value| value.strip_prefix(hash)?.strip_prefix('.')?.parse().ok());
+    told.unwrap_or(0)
 }
 
 /// Where its daemon answers, once its container runs.
@@ -220,6 +237,17 @@ mod tests {
             };
             let (got, ()) = tokio::join!(ask(admin, &plan, "m-0"), serve);
             assert_eq!(got, want, "{}", &body[..body.len().min(40)]);
+        }
+    }
+
+    #[test]
+    fn how_often_a_pod_was_told() {
+        for (annotation, want) in [(None, 0), (Some("h.1"), 1), (Some("h.12"), 12), (Some("g.1"), 0), (Some("h.x"), 0)]
+        {
+            let mut pod = Pod::default();
+            let pair = |value: &str| [(labels::CONFIG_HASH.to_owned(), value.to_owned())].into();
+            pod.metadata.annotations = annotation.map(pair);
+            assert_eq!(times_told(&pod, "h"), want, "{annotation:?}");
         }
     }
 

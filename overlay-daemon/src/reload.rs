@@ -1,9 +1,9 @@
 //! The configuration as it changes: looks at both files every second, and hands on what a
-//! running daemon can take up. A file that is wrong, or a setting that waits for a restart,
-//! leaves everything as it is; both are said once and counted.
+//! running daemon can take up. A file that is wrong changes nothing, and a setting that waits
+//! for a restart stays as it is while the others change; both are said once and counted.
 //!
-//! What is shown as running (`/readyz`, `overlay_config_info`) is what is in effect, never
-//! what was only read.
+//! What is shown as running (`/readyz`, `overlay_config_info`) is what was handed to everyone
+//! whom it concerns, never what was only read.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -15,7 +15,6 @@ use overlay_tests::cases::{self, Case};
 use overlay_tests::cluster::Cluster;
 use overlay_tests::cluster::footprint::Footprint;
 use overlay_tests::wait;
-
 use rustix::process::{Pid, Signal, kill_process};
 use world::World;
 

@@ -70,10 +70,13 @@ pub(crate) fn messages_reach_every_pod(world: &World) -> Result<()> {
     }
     for pod in ["mesh-0", "mesh-1", "mesh-2"] {
         let metrics = world.admin_route(APPS, pod, "/metrics")?;
-        let hybrid = metrics.lines().filter(|line| line.starts_with("overlay_key_exchange_total{"));
-        ensure!(hybrid.clone().count() > 0, "{pod} counts key exchanges");
-        let classical = hybrid.filter(|line| !line.contains("group=\"hybrid\"") && !line.ends_with(" 0"));
-        ensure!(classical.count() == 0, "{pod} has a session without the hybrid key exchange");
+        let count = |group: &str| {
+            let series = format!("overlay_key_exchange_total{{group=\"{group}\"");
+            let line = metrics.lines().find(|line| line.starts_with(&series));
+            line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+        };
+        ensure!(count("hybrid").is_some_and(|n| n > 0.0), "{pod} counts no hybrid key exchange");
+        ensure!(count("classical") == Some(0.0), "{pod} has a session without the hybrid key exchange");
     }
     Ok(())
 }

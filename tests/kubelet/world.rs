@@ -53,7 +53,7 @@ impl World {
         Ok(())
     }
 
-    /// An OverlayNode of one replica that stops at once.
+    /// Applies an OverlayNode.
     pub(crate) fn apply_node(&self, namespace: &str, name: &str, spec: &str) -> Result<()> {
         let manifest = format!(
             "{{apiVersion: overlay.rustyonions.io/v1alpha1, kind: OverlayNode, metadata: {{name: {name}}}, spec: {spec}}}"
@@ -115,7 +115,10 @@ impl World {
     pub(crate) fn exec(&self, namespace: &str, pod: &str, arguments: &[&str]) -> Command {
         let mut command = self.admin().command();
         command.args(["exec", "-i", "-n", namespace, pod, "--", "overlay-daemon"]).args(arguments);
-        command
+        // Whoever reads from it may wait for ever, were it not for this.
+        let mut bounded = Command::new("timeout");
+        bounded.args(["--kill-after=5s", "150s"]).arg(command.get_program()).args(command.get_args());
+        bounded
     }
 
     /// A subscriber in a pod.

@@ -1,6 +1,7 @@
 //! etcd, kube-apiserver and kube-controller-manager in one folder, with certificates of their
 //! own: on free loopback ports, or where a node's pods reach them. Authorisation is Node and
-//! RBAC from the start. There is no scheduler and no kubelet here: pods are made, and never run.
+//! RBAC from the start. Neither a scheduler nor a kubelet: on
+//! loopback, pods are made and never run.
 
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};

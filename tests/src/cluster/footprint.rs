@@ -1,9 +1,11 @@
-//! What a cluster could leave on a machine: namespaces (every process of it lives in some),
-//! cgroups, mounts, network devices, kernel settings. Taken before and after, it is the same.
+//! What a cluster could leave on a machine: namespaces (every process of it lives in some of
+//! its own), cgroups, mounts, network devices, kernel settings. Taken before and after, it is the
+//! same; what systemd starts and ends meanwhile is left out, another cluster is not.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -11,8 +13,13 @@ use anyhow::Result;
 use crate::wait::{self, Look};
 
 /// Settings that the kernel or any process changes all the time.
-const RESTLESS: &[&str] =
-    &["/proc/sys/fs/", "/proc/sys/kernel/random/", "/proc/sys/kernel/ns_last_pid", "/proc/sys/kernel/pty/"];
+const RESTLESS: &[&str] = &[
+    "/proc/sys/fs/",
+    "/proc/sys/kernel/random/",
+    "/proc/sys/kernel/ns_last_pid",
+    "/proc/sys/kernel/pty/",
+    "/proc/sys/net/netfilter/nf_conntrack_count",
+];
 
 /// How long the kernel may take.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -29,6 +36,8 @@ impl Footprint {
     /// # Errors
     /// Something could not be read.
     pub fn take() -> Result<Self> {
+        // The kernel loads what a table of addresses takes with the first look, and keeps it.
+        let _ = Command::new("iptables").args(["--table", "nat", "--list", "--numeric"]).output();
         let mut facts = BTreeSet::new();
         for mount in fs::read_to_string("/proc/self/mountinfo")?.lines() {
             // Its fifth field is where it is mounted.
@@ -39,7 +48,7 @@ impl Footprint {
         }
         for process in fs::read_dir("/proc")? {
             let path = process?.path();
-            for kind in ["net", "mnt", "pid", "uts"] {
+            for kind in ["net", "pid"] {
                 // A process may end while it is looked at, and kernel threads have none to show.
                 if let Ok(namespace) = fs::read_link(path.join("ns").join(kind)) {
                     facts.insert(format!("namespace {}", namespace.display()));
@@ -47,7 +56,8 @@ impl Footprint {
             }
         }
         walk(Path::new("/sys/fs/cgroup"), &mut |path, folder| {
-            if folder {
+            let systemds = [".slice", ".scope", ".service"].iter().any(|unit| path.to_string_lossy().contains(unit));
+            if folder && !systemds {
                 facts.insert(format!("cgroup {}", path.display()));
             }
         });

@@ -66,10 +66,7 @@ impl Cluster {
             command.args(arguments);
         })?;
         let record = record.with_sandbox(process.id(), true)?;
-        let mut cluster = Self::attach(record)?;
-        cluster.sandbox = Some(process);
-        cluster.wait_until_ready()?;
-        Ok(cluster)
+        Self::wait_until_ready(record, Some(process))
     }
 
     /// Starts a node that goes on when the caller has ended.
@@ -83,8 +80,9 @@ impl Cluster {
         let mut command = Command::new("setsid");
         command.arg("unshare").args(arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = command.spawn().context("starting setsid")?;
-        let mut cluster = Self::attach(record.with_sandbox(child.id(), false)?)?;
-        cluster.wait_until_ready()?;
+        let cluster = Self::wait_until_ready(record.with_sandbox(child.id(), true)?, None)?;
+        // Until now it was the caller's, so that whoever finds it after Ctrl-C may take it away.
+        cluster.record.disown()?;
         Ok(cluster)
     }
 
@@ -103,6 +101,7 @@ impl Cluster {
     /// # Errors
     /// Something of it could not be taken away.
     pub fn down(name: &str) -> Result<()> {
+        let _lock = record::lock(name)?;
         Record::read(name)?.map_or(Ok(()), |record| clean_up(&record))
     }
 
@@ -118,13 +117,23 @@ impl Cluster {
         Ok(Self { record, programs, admin, sandbox: None })
     }
 
-    fn wait_until_ready(&mut self) -> Result<()> {
-        let ready = self.folder().join(READY);
-        wait::until("the cluster", START_LIMIT, || {
-            if !self.record.is_running() {
-                bail!("the node ended:\n{}", self.log("node"));
-            }
-            Ok(if ready.exists() { Look::Holds(()) } else { Look::NotYet(self.log("node")) })
+    fn wait_until_ready(record: Record, sandbox: Option<Process>) -> Result<Self> {
+        let kept = record.clone();
+        let ready = || {
+            let mut cluster = Self::attach(record)?;
+            cluster.sandbox = sandbox;
+            let ready = cluster.folder().join(READY);
+            wait::until("the cluster", START_LIMIT, || {
+                if !cluster.record.is_running() {
+                    bail!("the node ended:\n{}", cluster.log("node"));
+                }
+                Ok(if ready.exists() { Look::Holds(()) } else { Look::NotYet(cluster.log("node")) })
+            })?;
+            Ok(cluster)
+        };
+        ready().map_err(|error: anyhow::Error| match clean_up(&kept) {
+            Ok(()) => error,
+            Err(left) => error.context(format!("and it is not cleaned up: {left:#}")),
         })
     }
 
@@ -228,8 +237,9 @@ impl Drop for Cluster {
 
 /// A record of what is about to be made, and what `unshare` is told to make it.
 fn prepare(name: &str) -> Result<(Record, Vec<OsString>)> {
+    let _lock = record::lock(name)?;
     if let Some(left) = Record::read(name)? {
-        if left.is_running() && !left.is_abandoned() {
+        if left.is_being_made() || (left.is_running() && !left.is_abandoned()) {
             bail!("a cluster {name} runs already: end it with tests/cluster down, or use it");
         }
         clean_up(&left)?;

@@ -14,6 +14,8 @@ use crate::control_plane::{ControlPlane, Reach};
 use crate::process::Process;
 use crate::wait::{Look, until};
 
+/// `OVERLAYFS_SUPER_MAGIC` (statfs(2)).
+const OVERLAYFS: i64 = 0x794c_7630;
 const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// Runs the node in `folder` until something that it cannot be without ends.
@@ -43,8 +45,11 @@ pub fn boot(folder: &Path, cgroup: &str) -> Result<()> {
 }
 
 fn start(plane: &ControlPlane, folder: &Path, cgroup: &str) -> Result<Vec<Process>> {
+    // An overlay cannot lie on an overlay, as the folder does in a container.
+    let snapshotter = if rustix::fs::statfs(folder)?.f_type == OVERLAYFS { "native" } else { "overlayfs" };
     let write = |file: &str, text: &str| {
         let text = text.replace("FOLDER", &folder.to_string_lossy()).replace("CGROUP", cgroup);
+        let text = text.replace("SNAPSHOTTER", snapshotter);
         fs::write(folder.join(file), text).with_context(|| format!("writing {file}"))
     };
     write("containerd.toml", include_str!("containerd.toml"))?;
@@ -64,7 +69,7 @@ fn start(plane: &ControlPlane, folder: &Path, cgroup: &str) -> Result<Vec<Proces
     let begin = |name: &str, program: &Path, prepare: &dyn Fn(&mut Command)| {
         Process::start(name, program, &folder.join(format!("{name}.log")), |command| prepare(command))
     };
-    let containerd = begin("containerd", Path::new("/usr/bin/containerd"), &|command| {
+    let containerd = begin("containerd", Path::new("containerd"), &|command| {
         command.arg(format!("--config={}", folder.join("containerd.toml").display()));
     })?;
     until("containerd", START_LIMIT, || {

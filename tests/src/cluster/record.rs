@@ -51,9 +51,20 @@ impl Record {
     pub(super) fn new(name: &str) -> Result<Self> {
         let folder = folder(name)?;
         fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-        let record = Self { folder, cgroup: format!("overlay-cluster-{name}"), sandbox: None, init: None, owner: None };
+        let record = Self {
+            folder,
+            cgroup: format!("overlay-cluster-{name}"),
+            sandbox: None,
+            init: None,
+            owner: Instance::of(std::process::id()),
+        };
         record.write()?;
         Ok(record)
+    }
+
+    /// From now on it belongs to nobody, and goes on without its maker.
+    pub(super) fn disown(&self) -> Result<()> {
+        Self { owner: None, ..self.clone() }.write()
     }
 
     /// With the process that holds the sandbox; `owned` by the caller, or by nobody.
@@ -96,6 +107,11 @@ impl Record {
         [self.sandbox, self.init].into_iter().flatten().any(Instance::is_alive)
     }
 
+    /// Whether somebody is just making it.
+    pub(super) fn is_being_made(&self) -> bool {
+        self.init.is_none() && self.owner.is_some_and(Instance::is_alive)
+    }
+
     /// Whether it works as a whole, rather than being about to end.
     pub(super) fn is_running(&self) -> bool {
         [self.sandbox, self.init].into_iter().all(|instance| instance.is_some_and(Instance::is_alive))
@@ -131,16 +147,28 @@ impl Record {
 
     /// The last step: nothing is left to be remembered.
     pub(super) fn forget(&self) -> Result<()> {
+        if !self.folder.exists() {
+            return Ok(());
+        }
         fs::remove_dir_all(&self.folder).with_context(|| format!("removing {}", self.folder.display()))
     }
 }
 
 const FILE: &str = "record.json";
 
+/// Held while the cluster of that name is begun or taken away: one at a time.
+pub(super) fn lock(name: &str) -> Result<fs::File> {
+    let path = folder(name)?.with_extension("lock");
+    fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
+    let file = fs::File::create(&path).with_context(|| format!("making {}", path.display()))?;
+    file.lock()?;
+    Ok(file)
+}
+
 /// `${XDG_CACHE_HOME:-~/.cache}/overlay-tests/clusters/NAME`: on a disk, since images take space.
 fn folder(name: &str) -> Result<PathBuf> {
-    if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-') {
-        bail!("a cluster's name is lowercase letters and '-', not {name:?}");
+    if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-') {
+        bail!("a cluster's name is lowercase letters, digits and '-', not {name:?}");
     }
     let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));

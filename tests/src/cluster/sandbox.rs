@@ -66,7 +66,14 @@ pub(super) fn furnish(folder: &Path, cgroup: &str) -> Result<()> {
     // Whoever asks outside is told at once that there is nothing, and does not wait for an answer.
     let names = folder.join("resolv.conf");
     fs::write(&names, format!("nameserver {ADDRESS}\n"))?;
-    run("mount", &["--bind", &names.to_string_lossy(), "/etc/resolv.conf"])
+    let real = Path::new("/etc/resolv.conf");
+    // Often a link into /run, where there is nothing by now.
+    if let Ok(target) = fs::read_link(real) {
+        let target = Path::new("/etc").join(target);
+        fs::create_dir_all(target.parent().unwrap_or(Path::new("/")))?;
+        fs::write(target, "")?;
+    }
+    if real.exists() { run("mount", &["--bind", &names.to_string_lossy(), "/etc/resolv.conf"]) } else { Ok(()) }
 }
 
 /// Puts a file with its present value over each setting: what is written lands there.
@@ -94,6 +101,7 @@ fn hierarchies() -> Result<Vec<PathBuf>> {
 
 fn make_cgroup(name: &str) -> Result<()> {
     for hierarchy in hierarchies()? {
+        offer_controllers(&hierarchy)?;
         let cgroup = hierarchy.join(name);
         fs::create_dir_all(&cgroup).with_context(|| format!("making the cgroup {}", cgroup.display()))?;
         // In version 1 a cpuset without processors takes no process.
@@ -102,6 +110,22 @@ fn make_cgroup(name: &str) -> Result<()> {
             if hierarchy.ends_with("cpuset") && to.exists() {
                 fs::write(&to, fs::read(&from)?).with_context(|| format!("writing {}", to.display()))?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// In version 2 a cgroup has the controllers that the one above offers it, and a kubelet wants
+/// all of its own. What the root offers more after this hurts nobody, and stays.
+fn offer_controllers(root: &Path) -> Result<()> {
+    let offered = root.join("cgroup.subtree_control");
+    if !offered.exists() {
+        return Ok(());
+    }
+    let there = fs::read_to_string(root.join("cgroup.controllers"))?;
+    for controller in ["cpu", "cpuset", "memory", "hugetlb", "pids", "io"] {
+        if there.split_whitespace().any(|one| one == controller) {
+            fs::write(&offered, format!("+{controller}")).with_context(|| format!("offering {controller}"))?;
         }
     }
     Ok(())

@@ -55,21 +55,15 @@ impl Subscriber {
         reader.join().map_err(|_| anyhow!("the reader panicked"))?.context("reading what sub wrote")
     }
 
-    /// The lines that it prints up to one that is `last`, without it.
+    /// The first `count` lines that it prints.
     ///
     /// # Errors
-    /// It ended before that line.
-    pub fn lines_until(mut self, last: &str) -> Result<Vec<String>> {
+    /// It ended before it had as many.
+    pub fn lines(mut self, count: usize) -> Result<Vec<String>> {
         let stdout = self.0.stdout.take().context("a pipe for standard output")?;
-        let mut lines = Vec::new();
-        for line in BufReader::new(stdout).lines() {
-            let line = line?;
-            if line == last {
-                return Ok(lines);
-            }
-            lines.push(line);
-        }
-        bail!("sub ended after {} messages without the last", lines.len())
+        let lines = BufReader::new(stdout).lines().take(count).collect::<Result<Vec<String>, _>>()?;
+        ensure!(lines.len() == count, "sub ended after {} of {count} messages", lines.len());
+        Ok(lines)
     }
 }
 

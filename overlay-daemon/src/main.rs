@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use overlay_daemon::check;
 use overlay_daemon::client;
 use overlay_daemon::clock::Clock;
-use overlay_daemon::run::{RunArgs, run};
+use overlay_daemon::run::{RunArgs, Start, run};
 
 /// Post-quantum sessions and bounded gossip: a node of the overlay, and its command-line client.
 #[derive(Debug, Parser)]
@@ -51,11 +51,16 @@ fn main() -> ExitCode {
 }
 
 fn daemon(args: &RunArgs) -> ExitCode {
+    // Before the runtime: what is given up is given up for threads to come, not for those there.
+    let start = match Start::prepare(args) {
+        Ok(start) => start,
+        Err(error) => return fail(&format!("{error:#}")),
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&format!("cannot start: {error}")),
     };
-    match runtime.block_on(run(args)) {
+    match runtime.block_on(run(start)) {
         Ok(code) => code,
         Err(error) => fail(&format!("{error:#}")),
     }

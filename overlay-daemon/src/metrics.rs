@@ -8,6 +8,7 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
+use crate::confine::Measure;
 use crate::kms::KeyExchangeGroup;
 
 /// The value of `peer` for every session that is not a configured peer's.
@@ -100,6 +101,7 @@ pub struct Metrics {
     key_reloads: [IntCounter; 2],
     certificate_expiry: IntGauge,
     ready: IntGauge,
+    confined: [IntGauge; Measure::ALL.len()],
 }
 
 impl Metrics {
@@ -142,6 +144,11 @@ impl Metrics {
             "New configurations found, by result: failed where some of it was not taken up.",
             "result",
         )?;
+        let confined = IntGaugeVec::new(
+            Opts::new("overlay_confined", "Whether a measure that keeps memory and files to the daemon holds."),
+            &["measure"],
+        )?;
+        r.register(Box::new(confined.clone()))?;
         let key_reloads = counters(r, "overlay_key_reloads_total", "Attempts to reload keys, by result.", "result")?;
 
         Ok(Self {
@@ -164,6 +171,7 @@ impl Metrics {
                 "When this daemon's certificate ceases to be valid, seconds since 1970.",
             )?,
             ready: gauge(r, "overlay_ready", "Whether /readyz answers 200.")?,
+            confined: Measure::ALL.map(|measure| confined.with_label_values(&[measure.label()])),
             registry,
         })
     }
@@ -243,6 +251,11 @@ impl Metrics {
     /// What `/readyz` answers.
     pub fn ready(&self, ready: bool) {
         self.ready.set(i64::from(ready));
+    }
+
+    /// Whether a measure of the process's confinement holds.
+    pub fn confined(&self, measure: Measure, holds: bool) {
+        self.confined[measure as usize].set(i64::from(holds));
     }
 
     /// Everything, in Prometheus's text format.

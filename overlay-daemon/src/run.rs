@@ -1,5 +1,5 @@
-//! `overlay-daemon run`: the composition root. Reads configuration, binds, starts every task,
-//! and stops them in one sequence: not ready, still serving, no new sessions, lanes drained,
+//! `overlay-daemon run`: the composition root. Reads configuration, confines the process, binds,
+//! starts every task, and stops them in one sequence: not ready, still serving, no new sessions, lanes drained,
 //! all ended. A second signal aborts.
 
 use std::path::PathBuf;
@@ -22,6 +22,7 @@ use crate::accept::{self, Stop};
 use crate::admin::{self, Admin};
 use crate::check;
 use crate::clock::Clock;
+use crate::confine::{self, Confinement, Measure};
 use crate::hub::{Heartbeat, Hub, Input, QUEUE};
 use crate::kms::Keys;
 use crate::logging::{self, Level};
@@ -43,25 +44,48 @@ pub struct RunArgs {
     /// This daemon's name and its peers.
     #[arg(long, value_name = "FILE")]
     pub peers: PathBuf,
+    /// With amnesia: refuse to start where the kernel cannot enforce that no file is written
+    #[arg(long, env = "OVERLAY_REQUIRE_LANDLOCK", value_parser = clap::builder::BoolishValueParser::new(), action = clap::ArgAction::SetTrue)]
+    pub require_landlock: bool,
+}
+
+/// A daemon that may start: its configuration is read, and its process confined.
+pub struct Start {
+    files: Files,
+    config: DaemonConfig,
+    peers: PeersConfig,
+    confinement: Confinement,
+}
+
+impl Start {
+    /// Reads the configuration and confines the calling thread, and those that it starts.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the configuration, or what cannot be confined.
+    pub fn prepare(args: &RunArgs) -> anyhow::Result<Self> {
+        let (config, peers) = match (check::read_daemon(&args.config), check::read_peers(&args.peers)) {
+            (Ok(config), Ok(peers)) => (config, peers),
+            (config, peers) => {
+                let errors: Vec<String> =
+                    [config.err(), peers.err()].into_iter().flatten().map(|e| e.to_string()).collect();
+                anyhow::bail!("{}", errors.join("\n"));
+            }
+        };
+        let confinement = confine::apply(config.overlay.amnesia, &config.unix.socket, args.require_landlock)?;
+        let files = Files { config: args.config.clone(), peers: args.peers.clone() };
+        Ok(Self { files, config, peers, confinement })
+    }
 }
 
 /// Runs a daemon until SIGTERM or SIGINT, and drains it.
 ///
 /// # Errors
 /// It could not start, with every reason.
-pub async fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
-    let (config, peers) = match (check::read_daemon(&args.config), check::read_peers(&args.peers)) {
-        (Ok(config), Ok(peers)) => (config, peers),
-        (config, peers) => {
-            let errors: Vec<String> =
-                [config.err(), peers.err()].into_iter().flatten().map(|e| e.to_string()).collect();
-            anyhow::bail!("{}", errors.join("\n"));
-        }
-    };
-    let level = logging::start(&config.observability)?;
+pub async fn run(start: Start) -> anyhow::Result<ExitCode> {
+    let level = logging::start(&start.config.observability)?;
+    start.confinement.log();
     let mut signals = Signals::new()?;
-    let files = Files { config: args.config.clone(), peers: args.peers.clone() };
-    let daemon = start(files, config, peers, level).await?;
+    let daemon = begin(start, level).await?;
     Ok(daemon.run_until(&mut signals).await)
 }
 
@@ -99,7 +123,8 @@ struct Daemon {
     serving: JoinSet<()>,
 }
 
-async fn start(files: Files, config: DaemonConfig, peers: PeersConfig, level: Level) -> anyhow::Result<Daemon> {
+async fn begin(start: Start, level: Level) -> anyhow::Result<Daemon> {
+    let Start { files, config, peers, confinement } = start;
     let clock = Clock::start();
     let running = Running::of(&config, &peers).context("the configuration cannot be written down")?;
     let keys = Keys::load(&config.tls, &config.token, clock.unix_ms()).map_err(|errors| {
@@ -107,6 +132,7 @@ async fn start(files: Files, config: DaemonConfig, peers: PeersConfig, level: Le
     })?;
     let keys = Arc::new(keys);
     let metrics = Arc::new(Metrics::new(config.overlay.amnesia, &running.config)?);
+    Measure::ALL.into_iter().for_each(|measure| metrics.confined(measure, confinement.holds(measure)));
     let (timing, timing_now) = watch::channel(TransportConfig::from(&config.overlay));
     let timing_now = Timing::from(timing_now);
 

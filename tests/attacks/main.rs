@@ -6,5 +6,8 @@
 //! the same run; latencies are printed. `OVERLAY_SOAK=1` (`tests/run soak`) attacks in full size.
 
 mod framing;
+mod handshake;
 mod probe;
+mod sessions;
+mod shutdown;
 mod target;

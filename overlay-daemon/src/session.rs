@@ -22,9 +22,11 @@ use crate::kms::{KeyExchangeGroup, Verifier};
 use crate::metrics::Metrics;
 use crate::transport::{Connection, LocalConnection, Timing};
 
-/// Bytes that a read makes room for. A frame that claims more gets more as it comes, never
-/// for its claim alone.
-const READ_BYTES: usize = 64 * 1024;
+/// Bytes that a read makes room for where little comes: all that an idle session holds.
+const LEAST_ROOM: usize = 2 * 1024;
+/// And where what came has filled the room. A frame that claims more gets more as it comes,
+/// never for its claim alone.
+const MOST_ROOM: usize = 64 * 1024;
 
 /// What every session needs.
 #[derive(Clone)]
@@ -124,6 +126,7 @@ struct Reader {
 impl Reader {
     async fn run<R: AsyncRead + Unpin>(self, mut read: R) -> Ended {
         let mut buf = BytesMut::new();
+        let mut room = LEAST_ROOM;
         // Set while part of a frame is there: until when the rest must be (I-2).
         let mut deadline: Option<Instant> = None;
         loop {
@@ -144,7 +147,7 @@ impl Reader {
             if !buf.is_empty() && deadline.is_none() {
                 deadline = Some(self.context.clock.deadline(self.context.timing.now().read));
             }
-            buf.reserve(READ_BYTES);
+            buf.reserve(room);
             let bytes = match deadline {
                 // Between frames there is no hurry: silence is the idle timer's matter.
                 None => read.read_buf(&mut buf).await,
@@ -156,8 +159,11 @@ impl Reader {
                     }
                 },
             };
-            if !matches!(bytes, Ok(1..)) {
-                return Ended::Gone;
+            let Ok(bytes @ 1..) = bytes else { return Ended::Gone };
+            if buf.len() == buf.capacity() {
+                room = (room * 4).min(MOST_ROOM);
+            } else if bytes < LEAST_ROOM {
+                room = LEAST_ROOM;
             }
         }
     }

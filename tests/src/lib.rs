@@ -5,10 +5,13 @@
 pub mod cases;
 pub mod cluster;
 pub mod control_plane;
+pub mod daemon;
 pub mod http;
 pub mod kubectl;
+pub mod oap;
 pub mod operator;
 pub mod process;
 pub mod programs;
 pub mod subscriber;
+pub mod trust;
 pub mod wait;

@@ -230,6 +230,14 @@ mod tests {
         assert_eq!(confined.join().unwrap(), [true; 7]);
     }
 
+    /// N1: the kernel is asked, not believed.
+    #[test]
+    fn n1_memory_is_nobody_elses() {
+        forbid_dumps().unwrap();
+        assert_eq!(rustix::process::dumpable_behavior().unwrap(), DumpableBehavior::NotDumpable);
+        assert_eq!(getrlimit(Resource::Core), Rlimit { current: Some(0), maximum: Some(0) });
+    }
+
     #[test]
     fn a_socket_on_a_disk_is_refused_with_amnesia() {
         let disk = Path::new(env!("CARGO_MANIFEST_DIR"));

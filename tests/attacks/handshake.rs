@@ -302,10 +302,8 @@ fn t5_expensive_certificates_are_refused_cheaply() -> Result<()> {
             Ok(())
         })?;
         println!("t5: {what}: {:.2} ms, {:.2} times", each * 1e3, each / honest);
-        wait::until_true("each refusal to be counted", LIMIT, || {
-            Ok(target.rejected("tls")? == counted + EACH as f64)
-        })
-        .context(*what)?;
+        wait::until_true("each refusal to be counted", LIMIT, || Ok(target.rejected("tls")? == counted + EACH as f64))
+            .context(*what)?;
         ensure!(each <= 10.0 * honest, "{what} costs {:.1} honest handshakes", each / honest);
     }
     good.greet(target.address)?;

@@ -67,7 +67,8 @@ fn s1_slow_readers_are_dropped_and_the_healthy_keep_all() -> Result<()> {
     for n in 0..slow {
         if n % 2 == 0 { &mut stopped } else { &mut trickling }.push(subscribed(&target, &offer, "bulk")?);
     }
-    let readers = (0..healthy).map(|_| subscribed(&target, &offer, "bulk").map(read_all)).collect::<Result<Vec<_>>>()?;
+    let readers =
+        (0..healthy).map(|_| subscribed(&target, &offer, "bulk").map(read_all)).collect::<Result<Vec<_>>>()?;
 
     let mut publisher = Wire::local(&target.socket())?;
     let open = Open::Publish { topic: "bulk".parse()? };

@@ -97,6 +97,17 @@ pub(crate) fn a_mebibyte_arrives_whole(world: &World) -> Result<()> {
 /// container restarted, no session closed.
 pub(crate) fn a_gossip_cap_changes_in_running_daemons(world: &World) -> Result<()> {
     let pods = world.pods(APPS, "mesh")?;
+    // What the cases before ran in the pods has ended; that the daemons have seen it as well
+    // is awaited, or it would count as sessions closed here.
+    world.until("the pods' own clients to have gone", SOON, || {
+        let mut busy = Vec::new();
+        for pod in &pods {
+            let metrics = world.admin_route(APPS, &pod.name, "/metrics")?;
+            let local = metrics.lines().find(|line| line.starts_with("overlay_sessions_active{group=\"none\""));
+            busy.extend(local.filter(|line| !line.ends_with(" 0")).map(|line| format!("{}: {line}", pod.name)));
+        }
+        Ok(if busy.is_empty() { Look::Holds(()) } else { Look::NotYet(format!("{busy:?}")) })
+    })?;
     let closed = |pod: &str| world.metric(APPS, pod, "session_close_total");
     let before: Vec<f64> = pods.iter().map(|pod| closed(&pod.name)).collect::<Result<_>>()?;
     let hash = || -> Result<String> {

@@ -30,6 +30,7 @@ pub struct Daemon {
     /// The process.
     pub process: Process,
     folder: TempDir,
+    home: TempDir,
     /// Whom it believes.
     pub authority: Arc<Authority>,
     /// Its TLS listener.
@@ -53,6 +54,7 @@ impl Daemon {
     /// As [`Self::start`].
     pub fn start_under(limits: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("overlay-daemon-").tempdir_in("/dev/shm")?;
+        let home = tempfile::Builder::new().prefix("overlay-daemon-").tempdir()?;
         let authority = Arc::new(Authority::new()?);
         let config = write(folder.path(), &authority, change)?;
         let daemon = programs::built("overlay-daemon")?;
@@ -61,6 +63,7 @@ impl Daemon {
             if !limits.is_empty() {
                 command.args(limits).arg("--").arg(&daemon);
             }
+            command.current_dir(home.path()).env("HOME", home.path()).env("TMPDIR", home.path());
             command.arg("run").arg("--config").arg(config).arg("--peers").arg(folder.path().join("peers.toml"));
         })?;
         let said = wait::until("the daemon to listen", LIMIT, || {
@@ -74,9 +77,21 @@ impl Daemon {
             Ok(said[name].as_str().with_context(|| format!("no {name} in {said}"))?.parse()?)
         };
         let (address, admin) = (address("address")?, address("admin")?);
-        let daemon = Self { process, folder, authority, address, admin };
+        let daemon = Self { process, folder, home, authority, address, admin };
         wait::until_true("the daemon to be ready", LIMIT, || Ok(daemon.is_ready()))?;
         Ok(daemon)
+    }
+
+    /// The folder of its configuration, its keys, its socket and its log, in memory.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Its working folder, home and place for temporary files: on a disk, and empty.
+    #[must_use]
+    pub fn home(&self) -> &Path {
+        self.home.path()
     }
 
     /// Its Unix socket.

@@ -1,0 +1,229 @@
+//! What a daemon leaves behind: nothing on a disk (I-8, G-7), no core (N1), and no secret or
+//! payload where it does not belong (N2). The same repertoire with amnesia and without it (G-5).
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use overlay_core::config::{DaemonConfig, Profile};
+use overlay_core::control::Open;
+use overlay_core::frame::Flags;
+use overlay_core::record::Publish;
+use overlay_tests::daemon::{Daemon, LIMIT};
+use overlay_tests::oap::{self, Wire};
+use overlay_tests::subscriber::Subscriber;
+use overlay_tests::trust::NODE;
+use overlay_tests::{http, programs, wait};
+use rustix::process::Signal;
+
+/// What every payload holds.
+const CANARY: &str = "canary-of-a-payload-4e1f";
+const TOPIC: &str = "canary.topic-77aa";
+
+fn micronode(config: &mut DaemonConfig) {
+    config.overlay.profile = Profile::Micronode;
+    config.overlay.amnesia = true;
+}
+
+fn macronode(config: &mut DaemonConfig) {
+    config.overlay.profile = Profile::Macronode;
+    config.overlay.amnesia = false;
+}
+
+/// All that a client can make a daemon do: each kind of frame, each refusal, what changes while
+/// it runs. What was secret or somebody else's on the way.
+fn repertoire(daemon: &Daemon) -> Result<Vec<Vec<u8>>> {
+    edit(daemon, "overlay.toml", "log_level = \"info\"", "log_level = \"trace\"")?;
+    let reloads = |daemon: &Daemon| daemon.metric("overlay_config_reloads_total");
+    wait::until_true("the log level to be taken up", LIMIT, || Ok(reloads(daemon)? > 0.0))?;
+
+    let token = daemon.local_token()?;
+    let large = CANARY.repeat(20_000);
+    let mut subscriber = Command::new(programs::built("overlay-daemon")?);
+    subscriber.args(["sub", TOPIC, "--count", "2", "--output", "raw", "--socket"]).arg(daemon.socket());
+    let token_file = daemon.folder().join("client");
+    fs::write(&token_file, &token)?;
+    subscriber.arg("--token-file").arg(&token_file);
+    let subscriber = Subscriber::start(subscriber)?;
+    let mut publisher = Command::new(programs::built("overlay-daemon")?)
+        .args(["pub", TOPIC, "--socket"])
+        .arg(daemon.socket())
+        .arg("--token-file")
+        .arg(&token_file)
+        .stdin(Stdio::piped())
+        .spawn()?;
+    publisher.stdin.take().context("its input")?.write_all(large.as_bytes())?;
+    ensure!(publisher.wait()?.success(), "pub of {} bytes", large.len());
+
+    let mut wire = Wire::local(&daemon.socket())?;
+    let publish = Open::Publish { topic: TOPIC.parse()? };
+    ensure!(wire.start(3, &publish, token.clone())? == 200, "START");
+    wire.send(&oap::request(3, Flags::APP_E2E, Publish::Message(Bytes::from_static(CANARY.as_bytes())).encode()))?;
+    ensure!(wire.receive()?.is_some_and(|answer| answer.code == 200), "a message");
+    wire.send(&oap::request(3, Flags::default(), Publish::Begin { size: 2 << 20, hash: [0; 32] }.encode()))?;
+    ensure!(wire.receive()?.is_some_and(|answer| answer.code == 413), "2 MiB");
+    let forged = forge(&token);
+    ensure!(wire.start(5, &publish, forged.clone())? == 401, "a forged token");
+    ensure!(wire.start(7, &Open::Subscribe { topics: vec![TOPIC.parse()?] }, token.clone())? == 200, "subscribe");
+    wire.stream.write_all(CANARY.as_bytes())?; // what is no frame
+    let received = subscriber.finish(LIMIT)?;
+    // Each message on a line of its own.
+    ensure!(received.len() == large.len() + CANARY.len() + 2, "{} bytes were delivered", received.len());
+
+    let remote = daemon.token(NODE)?;
+    let (mut session, _) = daemon.offer(NODE)?.greet(daemon.address)?;
+    ensure!(session.start(3, &publish, remote.clone())? == 200, "over TLS");
+    ensure!(session.start(5, &publish, token.clone())? == 401, "a local token over TLS (K5)");
+
+    let (certificate, key) = daemon.authority.leaf_pem(NODE)?;
+    let old_key = fs::read(daemon.folder().join("tls.key"))?;
+    replace(&daemon.folder().join("tls.crt"), certificate.as_bytes())?;
+    replace(&daemon.folder().join("tls.key"), key.as_bytes())?;
+    let taken = "overlay_key_reloads_total{result=\"ok\"";
+    wait::until_true("the new keys to be taken up", LIMIT, || {
+        Ok(daemon.metrics()?.lines().any(|line| line.starts_with(taken) && !line.ends_with(" 0")))
+    })?;
+
+    let peer = fs::read(daemon.folder().join("peer"))?;
+    let mut secrets = vec![CANARY.as_bytes().to_vec(), token.to_vec(), forged.to_vec(), remote.to_vec(), peer];
+    // A line of a key's text: what a program would have to quote to quote any of it.
+    for key in [old_key.as_slice(), key.as_bytes()] {
+        secrets.extend(key.split(|byte| *byte == b'\n').filter(|line| line.len() > 40).map(<[u8]>::to_vec));
+    }
+    // And the parts that a token is made of: its signature alone would do harm.
+    let parts = |token: &Bytes| token.split(|byte| *byte == b'.').skip(1).map(<[u8]>::to_vec).collect::<Vec<_>>();
+    secrets.extend([token, remote].iter().flat_map(parts));
+    Ok(secrets)
+}
+
+/// A token whose signature does not hold.
+fn forge(token: &Bytes) -> Bytes {
+    let mut forged = token.to_vec();
+    let last = forged.len() - 20;
+    forged[last] = if forged[last] == b'A' { b'B' } else { b'A' };
+    forged.into()
+}
+
+fn edit(daemon: &Daemon, file: &str, from: &str, to: &str) -> Result<()> {
+    let path = daemon.folder().join(file);
+    let text = fs::read_to_string(&path)?;
+    ensure!(text.contains(from), "{file} has no {from}:\n{text}");
+    replace(&path, text.replace(from, to).as_bytes())
+}
+
+/// Whole, as Kubernetes swaps files.
+fn replace(path: &Path, text: &[u8]) -> Result<()> {
+    let new = path.with_extension("new");
+    fs::write(&new, text)?;
+    Ok(fs::rename(new, path)?)
+}
+
+fn contains(text: &[u8], what: &[u8]) -> bool {
+    text.windows(what.len()).any(|window| window == what)
+}
+
+fn files(folder: &Path) -> Result<BTreeSet<PathBuf>> {
+    Ok(fs::read_dir(folder)?.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?)
+}
+
+/// Bytes that the process had the kernel write to any disk (proc(5), `write_bytes`).
+fn written(daemon: &Daemon) -> Result<u64> {
+    let io = fs::read_to_string(format!("/proc/{}/io", daemon.process.id()))
+        .context("only root may look at a process that cannot be dumped: run these tests as root")?;
+    let line = io.lines().find_map(|line| line.strip_prefix("write_bytes: ")).context("no write_bytes")?;
+    Ok(line.parse()?)
+}
+
+/// Regular files that the process has open for writing.
+fn open_for_writing(daemon: &Daemon) -> Result<BTreeSet<PathBuf>> {
+    let process = PathBuf::from(format!("/proc/{}", daemon.process.id()));
+    let mut open = BTreeSet::new();
+    for entry in fs::read_dir(process.join("fd"))? {
+        let descriptor = entry?.file_name();
+        let Ok(path) = fs::read_link(process.join("fd").join(&descriptor)) else { continue };
+        let info = fs::read_to_string(process.join("fdinfo").join(&descriptor)).unwrap_or_default();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:\t")).unwrap_or("0");
+        let writes = u32::from_str_radix(flags, 8)? & 0o3 != 0;
+        if writes && path.is_absolute() && !path.starts_with("/dev/null") {
+            open.insert(path);
+        }
+    }
+    Ok(open)
+}
+
+/// G-7, I-8: the kernel counts no byte written to a disk, no folder that the daemon might use
+/// has anything new, nothing but the log that it was given is open for writing.
+#[test]
+fn with_amnesia_nothing_reaches_a_disk() -> Result<()> {
+    let mut daemon = Daemon::start(micronode)?;
+    let mut before = files(daemon.folder())?;
+    repertoire(&daemon)?;
+    before.insert(daemon.folder().join("client")); // the test's own
+    ensure!(daemon.metrics()?.contains("overlay_confined{measure=\"landlock\",amnesia=\"on\"} 1\n"), "Landlock");
+    assert_eq!(written(&daemon)?, 0);
+    assert_eq!(open_for_writing(&daemon)?, [daemon.folder().join("log")].into());
+    daemon.process.signal(Signal::TERM);
+    ensure!(daemon.process.wait(LIMIT)?.success(), "it stops:\n{}", daemon.process.log_tail());
+    before.remove(&daemon.socket());
+    assert_eq!(files(daemon.folder())?, before);
+    assert_eq!(files(daemon.home())?, BTreeSet::new());
+    Ok(())
+}
+
+/// N2: tokens, keys and payloads stand in no log line, at any level, nor in anything that the
+/// daemon shows; G-5: the same on both profiles.
+#[test]
+fn n2_no_secret_is_told() -> Result<()> {
+    for profile in [micronode, macronode] {
+        let mut daemon = Daemon::start(profile)?;
+        let secrets = repertoire(&daemon)?;
+        let status = Command::new(programs::built("overlay-daemon")?)
+            .args(["status", "--output", "json", "--socket"])
+            .arg(daemon.socket())
+            .arg("--token-file")
+            .arg(daemon.folder().join("client"))
+            .output()?;
+        ensure!(status.status.success(), "status: {}", String::from_utf8_lossy(&status.stderr));
+        let mut told = vec![("status", status.stdout)];
+        for path in ["/metrics", "/readyz", "/version", "/healthz"] {
+            told.push((path, http::get(daemon.admin, path)?.body.into_bytes()));
+        }
+        daemon.assert_alive()?;
+        daemon.process.stop()?;
+        told.push(("log", daemon.process.log().into_bytes()));
+        for (place, text) in &told {
+            let found = secrets.iter().find(|secret| contains(text, secret));
+            ensure!(found.is_none(), "{place} tells {:?}", found.map(|secret| String::from_utf8_lossy(secret)));
+            let topics = *place != "status" && contains(text, TOPIC.as_bytes());
+            ensure!(!topics, "{place} tells a topic");
+        }
+        ensure!(contains(&told.last().context("the log")?.1, b"listening"), "the log was looked at");
+    }
+    Ok(())
+}
+
+/// N1: a daemon that is started with permission to leave a core gives it up, and leaves none; a
+/// program that gives up nothing does leave one.
+#[test]
+fn n1_a_crash_leaves_no_core() -> Result<()> {
+    let permitted = "--core=unlimited:unlimited";
+    let mut daemon = Daemon::start_under(&[permitted], micronode)?;
+    let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.process.id()))?;
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).context("no core limit")?;
+    assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
+    daemon.process.signal(Signal::ABORT);
+    let ended = daemon.process.wait(LIMIT)?;
+    assert_eq!((ended.signal(), ended.core_dumped()), (Some(Signal::ABORT.as_raw()), false));
+    assert_eq!(files(daemon.home())?, BTreeSet::new());
+
+    let folder = tempfile::tempdir()?;
+    let crash = ["--", "sh", "-c", "kill -ABRT $$"];
+    let other = Command::new("prlimit").arg(permitted).args(crash).current_dir(folder.path()).status()?;
+    ensure!(other.core_dumped(), "this machine writes no cores at all: the test would show nothing");
+    Ok(())
+}

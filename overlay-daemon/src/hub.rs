@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::kms::KeyExchangeGroup;
-use crate::metrics::{ActiveSession, Direction, Metrics, Route};
+use crate::metrics::{ActiveSession, Metrics, Route};
 
 /// Things that may wait for the hub. When it is full, readers wait and TCP pushes back.
 pub const QUEUE: usize = 256;
@@ -278,8 +278,7 @@ impl Turn {
 
     fn publish(&mut self, now: Millis) {
         let counts = self.node.counts();
-        self.metrics.gossip_frames(Direction::Tx).inc_by(counts.tx - self.counted.tx);
-        self.metrics.gossip_frames(Direction::Rx).inc_by(counts.rx - self.counted.rx);
+        self.metrics.gossip(self.counted, counts);
         self.counted = counts;
         let last = *self.heartbeat.borrow();
         let drained = self.node.is_draining() && self.node.is_drained();

@@ -2,6 +2,7 @@
 //! label is from a closed enum, save `peer`, which configuration bounds. Handles are made here
 //! once; hot paths only add.
 
+use overlay_core::gossip::Counts;
 use overlay_core::status::Reason;
 use prometheus::{
     Encoder, Error, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -102,6 +103,10 @@ pub struct Metrics {
     certificate_expiry: IntGauge,
     ready: IntGauge,
     confined: [IntGauge; Measure::ALL.len()],
+    log_suppressed: IntCounter,
+    gossip_duplicates: IntCounter,
+    gossip_grafts: IntCounter,
+    gossip_lost: IntCounter,
 }
 
 impl Metrics {
@@ -171,6 +176,18 @@ impl Metrics {
                 "When this daemon's certificate ceases to be valid, seconds since 1970.",
             )?,
             ready: gauge(r, "overlay_ready", "Whether /readyz answers 200.")?,
+            log_suppressed: counter(
+                r,
+                "overlay_log_suppressed_total",
+                "Log lines left out, since one place in the program said too many in a second.",
+            )?,
+            gossip_duplicates: counter(r, "overlay_gossip_duplicates_total", "Messages from peers seen before.")?,
+            gossip_grafts: counter(r, "overlay_gossip_grafts_total", "Messages asked of peers that announced them.")?,
+            gossip_lost: counter(
+                r,
+                "overlay_gossip_lost_total",
+                "Messages that peers announced and none could give in the end.",
+            )?,
             confined: Measure::ALL.map(|measure| confined.with_label_values(&[measure.label()])),
             registry,
         })
@@ -251,6 +268,21 @@ impl Metrics {
     /// What `/readyz` answers.
     pub fn ready(&self, ready: bool) {
         self.ready.set(i64::from(ready));
+    }
+
+    /// Log lines left out.
+    #[must_use]
+    pub fn log_suppressed(&self) -> &IntCounter {
+        &self.log_suppressed
+    }
+
+    /// What gossip did between two counts.
+    pub fn gossip(&self, was: Counts, is: Counts) {
+        self.gossip_frames(Direction::Tx).inc_by(is.tx.saturating_sub(was.tx));
+        self.gossip_frames(Direction::Rx).inc_by(is.rx.saturating_sub(was.rx));
+        self.gossip_duplicates.inc_by(is.duplicates.saturating_sub(was.duplicates));
+        self.gossip_grafts.inc_by(is.grafts.saturating_sub(was.grafts));
+        self.gossip_lost.inc_by(is.lost.saturating_sub(was.lost));
     }
 
     /// Whether a measure of the process's confinement holds.
@@ -368,6 +400,29 @@ mod tests {
         let series: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
         assert!(series.iter().all(|line| line.contains("amnesia=\"on\"")), "{text}");
         drop(held);
+    }
+
+    /// A3, C-5: however many peers, requests and refusals there were, the series are those of the
+    /// configured peers.
+    #[test]
+    fn a3_series_do_not_grow() {
+        let metrics = Metrics::new(true, "0123456789abcdef").unwrap();
+        let series = || {
+            let text = String::from_utf8(metrics.render().unwrap()).unwrap();
+            text.lines().filter(|line| !line.starts_with('#')).count()
+        };
+        metrics.inflight(Some("mesh-1")).set(0);
+        metrics.inflight(None).set(0);
+        let quiet = series();
+        for n in 0..100_000_usize {
+            metrics.inflight(None).inc();
+            metrics.rejected(Reason::ALL[n % Reason::ALL.len()]).inc();
+            metrics.latency(Route::ALL[n % Route::ALL.len()]).observe(n as f64);
+            drop(metrics.session(Some(KeyExchangeGroup::ALL[n % KeyExchangeGroup::ALL.len()])));
+            metrics.config(&format!("{n:016x}"), &format!("{:016x}", n + 1));
+        }
+        metrics.config(&format!("{:016x}", 100_000), "0123456789abcdef");
+        assert_eq!(series(), quiet);
     }
 
     /// The arrays are indexed by their enum.

@@ -25,7 +25,7 @@ use crate::clock::Clock;
 use crate::confine::{self, Confinement, Measure};
 use crate::hub::{Heartbeat, Hub, Input, QUEUE};
 use crate::kms::Keys;
-use crate::logging::{self, Level};
+use crate::logging;
 use crate::metrics::Metrics;
 use crate::readiness::Watch;
 use crate::reload::{Files, Reloader, Running, Told};
@@ -82,10 +82,8 @@ impl Start {
 /// # Errors
 /// It could not start, with every reason.
 pub async fn run(start: Start) -> anyhow::Result<ExitCode> {
-    let level = logging::start(&start.config.observability)?;
-    start.confinement.log();
     let mut signals = Signals::new()?;
-    let daemon = begin(start, level).await?;
+    let daemon = begin(start).await?;
     Ok(daemon.run_until(&mut signals).await)
 }
 
@@ -123,16 +121,18 @@ struct Daemon {
     serving: JoinSet<()>,
 }
 
-async fn begin(start: Start, level: Level) -> anyhow::Result<Daemon> {
+async fn begin(start: Start) -> anyhow::Result<Daemon> {
     let Start { files, config, peers, confinement } = start;
     let clock = Clock::start();
     let running = Running::of(&config, &peers).context("the configuration cannot be written down")?;
+    let metrics = Arc::new(Metrics::new(config.overlay.amnesia, &running.config)?);
+    let level = logging::start(&config.observability, clock, metrics.log_suppressed().clone())?;
+    confinement.log();
+    Measure::ALL.into_iter().for_each(|measure| metrics.confined(measure, confinement.holds(measure)));
     let keys = Keys::load(&config.tls, &config.token, clock.unix_ms()).map_err(|errors| {
         anyhow::anyhow!("{}", errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
     })?;
     let keys = Arc::new(keys);
-    let metrics = Arc::new(Metrics::new(config.overlay.amnesia, &running.config)?);
-    Measure::ALL.into_iter().for_each(|measure| metrics.confined(measure, confinement.holds(measure)));
     let (timing, timing_now) = watch::channel(TransportConfig::from(&config.overlay));
     let timing_now = Timing::from(timing_now);
 

@@ -3,5 +3,6 @@
 
 mod amnesia;
 mod local;
+mod metrics;
 mod reload;
 mod sessions;

@@ -47,9 +47,9 @@ impl Running {
     }
 }
 
-/// I-10, G-8: four paths, and nothing else.
+/// A2, I-10, G-8: four paths, and nothing else.
 #[tokio::test]
-async fn four_paths_and_nothing_else() {
+async fn a2_four_paths_and_nothing_else() {
     let running = start().await;
     let ok = "HTTP/1.1 200 OK";
     assert!(running.get("/healthz").await.starts_with(ok));
@@ -104,10 +104,10 @@ async fn readiness_is_the_reports() {
     assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("the hub has stopped"), "{answer}");
 }
 
-/// A head that never ends is closed at its deadline, and more of them than are held close
+/// A1: a head that never ends is closed at its deadline, and more of them than are held close
 /// the oldest first; a probe is answered all the same.
 #[tokio::test]
-async fn slow_heads_do_not_keep_probes_out() {
+async fn a1_slow_heads_do_not_keep_probes_out() {
     let running = start().await;
     let mut slow = Vec::new();
     for _ in 0..=MAX_CONNECTIONS {
@@ -121,7 +121,7 @@ async fn slow_heads_do_not_keep_probes_out() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_head_that_never_ends_is_closed() {
+async fn a1_a_head_that_never_ends_is_closed() {
     let running = start().await;
     let mut stream = TcpStream::connect(running.address).await.unwrap();
     stream.write_all(b"GET /healthz HTTP/1.1\r\n").await.unwrap();

@@ -1,9 +1,19 @@
 //! F1, F6, F7: frames that cost the daemon more than who sends them.
 
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use overlay_tests::oap::Wire;
+use anyhow::{Context, Result, anyhow, ensure};
+use bytes::{Bytes, BytesMut};
+use overlay_core::codec;
+use overlay_core::control::Open;
+use overlay_core::frame::{AppProto, CHUNK, Flags, Frame, MAX_BODY};
+use overlay_core::identity::TenantId;
+use overlay_core::record::{Piece, Publish};
+use overlay_tests::oap::{Wire, request, start};
+use overlay_tests::wait::now;
 
 use crate::probe::Probe;
 use crate::target::{Target, scale};
@@ -53,5 +63,151 @@ fn f1_claimed_lengths_are_not_allocated() -> Result<()> {
     println!("f1: KiB resident: {base} before, {after:?} after each wave");
     ensure!(after[1] as f64 <= after[0] as f64 * 1.05, "a second wave leaves more than the first: {after:?}");
     probe.finish("f1")?;
+    target.assert_alive()
+}
+
+/// What came of frames sent as fast as the daemon takes them, by somebody who reads every
+/// answer: who does not is cut off by a full lane at once.
+struct Flood {
+    sent: usize,
+    /// Answers with 200.
+    accepted: usize,
+    refused: usize,
+    /// The daemon closed before it had taken them all.
+    closed: bool,
+    lasted: Duration,
+}
+
+/// Sends `frames` again and again, `count` frames in all, on a session.
+fn flood(wire: Wire<UnixStream>, count: usize, mut frames: impl FnMut(u64) -> Vec<Frame>) -> Result<Flood> {
+    let begin = now();
+    let mut reading = wire.stream.try_clone()?;
+    let answers = thread::spawn(move || -> Result<(usize, usize, bool)> {
+        let (mut accepted, mut refused, mut read, mut chunk) = (0, 0, BytesMut::new(), [0; 64 * 1024]);
+        loop {
+            while let Some(frame) = codec::decode(&mut read)? {
+                *(if frame.code == 200 { &mut accepted } else { &mut refused }) += 1;
+            }
+            match reading.read(&mut chunk) {
+                Ok(n @ 1..) => read.extend_from_slice(&chunk[..n]),
+                // This side has shut down its own half, or the daemon closed.
+                Ok(0) | Err(_) => return Ok((accepted, refused, true)),
+            }
+        }
+    });
+    let mut writing = wire.stream.try_clone()?;
+    let (mut sent, mut round, mut gone) = (0, 0, false);
+    while sent < count && !gone {
+        let mut bytes = Vec::new();
+        for _ in 0..100 {
+            for frame in frames(round) {
+                bytes.extend(codec::encoded(&frame)?);
+                sent += 1;
+            }
+            round += 1;
+        }
+        gone = writing.write_all(&bytes).is_err();
+    }
+    let _ = writing.shutdown(std::net::Shutdown::Write);
+    let (accepted, refused, _) = answers.join().map_err(|_| anyhow!("the reader panicked"))??;
+    Ok(Flood { sent, accepted, refused, closed: gone, lasted: now() - begin })
+}
+
+/// F6, I-5: endless empty frames, of which none asks for anything, are throttled, and then the
+/// session is closed; whoever else is there gets what is theirs.
+#[test]
+fn f6_endless_empty_frames_are_throttled_and_closed() -> Result<()> {
+    let count = scale(300_000, 10_000_000);
+    let empty = |flags, corr_id| Frame::new(flags, AppProto::CONTROL, TenantId(0), corr_id, Bytes::new());
+    let mut target = Target::start(|_| {})?;
+    let probe = Probe::start(&target)?;
+    let open = Open::Publish { topic: "t".parse()? };
+    let token = target.local_token()?;
+    type Make = Box<dyn FnMut(u64) -> Vec<Frame>>;
+    let kinds: [(&str, Make); 4] = [
+        ("pings", Box::new(move |n| vec![empty(Flags::REQ, 5 + 2 * n)])),
+        ("of no kind", Box::new(move |n| vec![empty(Flags::default(), 5 + 2 * n)])),
+        ("to a stream that ended", Box::new(|_| vec![request(3, Flags::default(), Bytes::new())])),
+        ("pongs that nobody asked for", Box::new(move |n| vec![empty(Flags::RESP, 4 + 2 * n)])),
+    ];
+    for (what, frames) in kinds {
+        let mut wire = Wire::local(&target.socket())?;
+        ensure!(wire.start(3, &open, token.clone())? == 200);
+        wire.send(&request(3, Flags::END, Bytes::new()))?;
+        ensure!(wire.receive()?.is_some_and(|end| end.code == 200));
+        let flood = flood(wire, count, frames)?;
+        println!(
+            "f6: {what}: {} sent of {count} in {:?}, {} answered with 200, {} refused",
+            flood.sent, flood.lasted, flood.accepted, flood.refused
+        );
+        ensure!(flood.closed, "{what}: all {count} were taken");
+    }
+    target.until_connections(1)?;
+    probe.finish("f6")?;
+    target.assert_alive()
+}
+
+/// F7, P-2 (rapid reset): streams begun and ended as fast as it goes are taken at the rate of
+/// requests, which says 429 to the rest, and then the session is closed.
+#[test]
+fn f7_streams_begun_and_ended_in_mass_are_capped_and_closed() -> Result<()> {
+    const RATE: u32 = 100;
+    let mut target = Target::start(|config| {
+        config.overlay.per_peer_rps = RATE;
+        config.overlay.per_peer_inflight = 32;
+    })?;
+    let probe = Probe::start(&target)?;
+    let (open, token) = (Open::Publish { topic: "t".parse()? }, target.local_token()?);
+    let wire = Wire::local(&target.socket())?;
+    let flood = flood(wire, scale(40_000, 1_000_000), |n| {
+        let corr_id = 3 + 2 * n;
+        vec![start(corr_id, &open, token.clone()), request(corr_id, Flags::END, Bytes::new())]
+    })?;
+    println!(
+        "f7: {} frames sent in {:?}, {} answered with 200, {} refused",
+        flood.sent, flood.lasted, flood.accepted, flood.refused
+    );
+    // An accepted START is answered, and so is its END.
+    let most = 2.0 * f64::from(RATE) * (flood.lasted.as_secs_f64() + 1.0);
+    ensure!(flood.accepted as f64 <= most, "{} were accepted in {:?}", flood.accepted, flood.lasted);
+    ensure!(flood.closed, "all were taken");
+    target.until_connections(1)?;
+    probe.finish("f7")?;
+    target.assert_alive()
+}
+
+/// F7, G-6: a stream that never ends is bounded in streams, bytes and time: the 257th open one
+/// is 429, bytes past what a message announced are 400, and a message whose next chunk does not
+/// come is 400 though its session goes on.
+#[test]
+fn f7_streams_that_never_end_are_bounded() -> Result<()> {
+    let mut target = Target::start(|config| {
+        config.overlay.read_timeout_ms = 1_000;
+        config.overlay.per_peer_rps = 10_000;
+        config.overlay.rps = 10_000;
+    })?;
+    let probe = Probe::start(&target)?;
+    let (open, token) = (Open::Publish { topic: "t".parse()? }, target.local_token()?);
+    let mut wire = Wire::local(&target.socket())?;
+    let codes: Result<Vec<u16>> = (1..=300).map(|n| wire.start(2 * n + 1, &open, token.clone())).collect();
+    let open_streams = codes?.iter().filter(|code| **code == 200).count();
+    ensure!(open_streams == 256, "{open_streams} streams are open");
+
+    let mut wire = Wire::local(&target.socket())?;
+    ensure!(wire.start(3, &open, token)? == 200);
+    let begin = Publish::Begin { size: MAX_BODY as u32, hash: [7; 32] }.encode();
+    let piece = |index| Publish::Piece(Piece { hash: [7; 32], index, bytes: Bytes::from(vec![1; CHUNK]) }).encode();
+    let mut code_of = |frames: Vec<Bytes>| -> Result<u16> {
+        for payload in frames {
+            wire.send(&request(3, Flags::default(), payload))?;
+        }
+        Ok(wire.receive()?.context("the session ended")?.code)
+    };
+    ensure!(code_of(vec![begin.clone(), piece(0)])? == 400, "chunks that stop are refused when their time is over");
+    // All 16 are not what was named, and the 17th belongs to nothing.
+    let whole = [vec![begin], (0..16).map(piece).collect()].concat();
+    ensure!(code_of(whole)? == 400, "chunks of another payload");
+    ensure!(code_of(vec![piece(16)])? == 400, "a chunk past the last");
+    probe.finish("f7")?;
     target.assert_alive()
 }

@@ -26,7 +26,11 @@ impl Target {
         // A test that failed has let go of what it held.
         let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         raise_descriptors()?;
-        let daemon = Daemon::start_under(limits, change)?;
+        let daemon = Daemon::start_under(limits, |config| {
+            // What the probe published would be memory that grows for two minutes.
+            config.gossip.dedupe_window_ms = 2_000;
+            change(config);
+        })?;
         Ok(Self { daemon, _alone: alone })
     }
 }

@@ -13,5 +13,7 @@ pub mod operator;
 pub mod process;
 pub mod programs;
 pub mod subscriber;
+#[cfg(test)]
+mod tables;
 pub mod trust;
 pub mod wait;

@@ -12,6 +12,7 @@ pub mod status;
 pub mod control;
 pub mod grant;
 pub mod record;
+pub mod compress;
 
 pub mod admission;
 pub mod session;

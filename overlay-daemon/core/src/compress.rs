@@ -50,24 +50,23 @@ impl InflateError {
     }
 }
 
-/// A frame as it was read, its payload inflated where COMP says so and a decoder may be called
-/// at all: on requests of streams, once the session is `active`. Any other frame with COMP
-/// keeps the flag, by which [`crate::session`] refuses it.
+/// Inflates the payload of a frame as it was read and takes COMP off it, where a decoder may be
+/// called at all: on requests of streams, once the session is `active`. Any other frame stays as
+/// it is; [`crate::session`] refuses it by its flag.
 ///
 /// `ratio` is 1 to [`MAX_RATIO`].
 ///
 /// # Errors
-/// The frame, without its payload and COMP, and what to refuse it with.
-pub fn receive(mut frame: Frame, active: bool, ratio: u8) -> Result<Frame, (Frame, Refusal)> {
+/// What to refuse the frame with, which is then without payload and COMP.
+pub fn receive(frame: &mut Frame, active: bool, ratio: u8) -> Result<(), Refusal> {
     let request = frame.flags.has(Flags::REQ) && frame.app != AppProto::CONTROL;
     if !frame.flags.has(Flags::COMP) || !active || !request {
-        return Ok(frame);
+        return Ok(());
     }
     frame.flags = frame.flags.without(Flags::COMP);
-    match inflate(&frame.payload, ratio, body(&frame)) {
-        Ok(payload) => Ok(Frame { payload, ..frame }),
-        Err(error) => Err((Frame { payload: Bytes::new(), ..frame }, error.refusal())),
-    }
+    let compressed = std::mem::take(&mut frame.payload);
+    frame.payload = inflate(&compressed, ratio, body(frame)).map_err(InflateError::refusal)?;
+    Ok(())
 }
 
 /// Bytes of the largest payload that a request of this kind may have.

@@ -15,6 +15,8 @@ pub mod record;
 pub mod compress;
 
 pub mod admission;
+pub mod backoff;
+pub mod budget;
 pub mod session;
 pub mod gossip;
 pub mod lanes;

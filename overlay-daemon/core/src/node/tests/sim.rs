@@ -27,6 +27,8 @@ pub(super) struct Sim {
     clients: BTreeMap<End, Vec<Frame>>,
     stalled: BTreeSet<End>,
     black: BTreeSet<usize>,
+    /// Until when a session is not read.
+    paused: BTreeMap<End, Millis>,
     rejected: BTreeMap<(usize, Reason), u64>,
     /// Peers' tokens do not verify.
     pub(super) refuse_starts: bool,
@@ -69,6 +71,7 @@ impl Sim {
             clients: BTreeMap::new(),
             stalled: BTreeSet::new(),
             black: BTreeSet::new(),
+            paused: BTreeMap::new(),
             rejected: BTreeMap::new(),
             refuse_starts: false,
         }
@@ -262,6 +265,7 @@ impl Sim {
             match output {
                 Output::Close(session) => self.close(End { node, session }),
                 Output::Rejected(reason) => *self.rejected.entry((node, reason)).or_default() += 1,
+                Output::Pause(session, until) => drop(self.paused.insert(End { node, session }, until)),
                 Output::Peer { .. } | Output::Opened(_) => {}
             }
         }

@@ -354,7 +354,7 @@ impl Node {
             }
             Ok(Tick::Ping(frame)) => self.push(id, Class::Control, frame),
             Ok(Tick::Resume) => self.open_gossip(id),
-            Ok(Tick::Spent) => self.close_when_sent(id),
+            Ok(Tick::Spent) => return self.close_when_sent(id), // and no deadline any more
             Ok(Tick::Nothing) => {}
         }
         self.mark_sendable(id);

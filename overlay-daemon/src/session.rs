@@ -222,3 +222,6 @@ async fn send<W: AsyncWrite + Unpin>(write: &mut W, batch: &Batch) -> std::io::R
     write.write_all(&out).await?;
     write.flush().await
 }
+
+#[cfg(test)]
+mod tests;

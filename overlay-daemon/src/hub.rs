@@ -21,6 +21,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
+use crate::gate::Gate;
 use crate::kms::KeyExchangeGroup;
 use crate::metrics::{ActiveSession, Metrics, Route};
 
@@ -46,6 +47,8 @@ pub enum Input {
         group: Option<KeyExchangeGroup>,
         /// Takes one batch at a time.
         writer: mpsc::Sender<Batch>,
+        /// What the reader is told by.
+        gate: Arc<Gate>,
     },
     /// A frame was read.
     Frame {
@@ -58,6 +61,8 @@ pub enum Input {
         /// When its last byte was read.
         at: Instant,
     },
+    /// A frame was read whose payload could not be inflated, and is not there.
+    Unread(SessionId, Frame, Refusal),
     /// What was read cannot be a frame.
     Broken(SessionId, Status),
     /// The connection is gone.
@@ -100,6 +105,7 @@ pub struct Heartbeat {
 
 struct Live {
     writer: mpsc::Sender<Batch>,
+    gate: Arc<Gate>,
     group: Option<KeyExchangeGroup>,
     counted: Option<ActiveSession>,
 }
@@ -176,9 +182,9 @@ impl Turn {
 
     fn handle(&mut self, input: Input) {
         match input {
-            Input::Open { id, opening, group, writer } => {
+            Input::Open { id, opening, group, writer, gate } => {
                 // Known before the node decides: HELLO may go out at once.
-                self.live.insert(id, Live { writer, group, counted: None });
+                self.live.insert(id, Live { writer, gate, group, counted: None });
                 if !self.node.handle_open(id, opening, self.clock.now()) {
                     self.live.remove(&id);
                 }
@@ -186,10 +192,12 @@ impl Turn {
             Input::Frame { id, frame, grant, at } => {
                 let route = self.route(id, &frame);
                 self.node.handle_frame(id, frame, grant, self.time());
+                self.greet(id);
                 if let Some(route) = route {
                     self.metrics.latency(route).observe(at.elapsed().as_secs_f64());
                 }
             }
+            Input::Unread(id, frame, refusal) => self.node.handle_unread(id, frame, &refusal, self.time()),
             Input::Broken(id, status) => self.node.handle_framing_error(id, status),
             Input::Closed(id) => {
                 self.node.handle_closed(id);
@@ -208,6 +216,15 @@ impl Turn {
                 }
             }
             Input::Drain => self.node.handle_drain(),
+        }
+    }
+
+    /// Opens the gate of a session whose HELLO was just answered.
+    fn greet(&mut self, id: SessionId) {
+        if let Some(live) = self.live.get(&id).filter(|live| live.counted.is_none())
+            && self.node.is_greeted(id)
+        {
+            live.gate.greet();
         }
     }
 
@@ -268,6 +285,11 @@ impl Turn {
                 }
             }
             Output::Rejected(reason) => self.metrics.rejected(reason).inc(),
+            Output::Pause(id, until) => {
+                if let Some(live) = self.live.get(&id) {
+                    live.gate.pause(until);
+                }
+            }
             Output::Opened(id) => {
                 if let Some(live) = self.live.get_mut(&id) {
                     live.counted = Some(self.metrics.session(live.group));

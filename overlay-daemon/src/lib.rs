@@ -15,6 +15,7 @@ pub mod transport;
 
 pub mod accept;
 pub mod dial;
+pub mod gate;
 pub mod hub;
 pub mod readiness;
 pub mod reload;

@@ -6,17 +6,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::{Bytes, BytesMut};
-use overlay_core::codec;
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::grant::{Grant, Holder};
 use overlay_core::node::{Opening, SessionId};
 use overlay_core::status::{Reason, Refusal};
+use overlay_core::{codec, compress};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use crate::clock::Clock;
+use crate::gate::Gate;
 use crate::hub::{Batch, Input};
 use crate::kms::{KeyExchangeGroup, Verifier};
 use crate::metrics::Metrics;
@@ -90,12 +91,13 @@ impl Context {
         let id = SessionId(self.ids.fetch_add(1, Ordering::Relaxed));
         let holder = opening.holder.clone();
         let (writer, batches) = mpsc::channel(1);
-        if self.hub.send(Input::Open { id, opening, group, writer }).await.is_err() {
+        let gate = Arc::<Gate>::default();
+        if self.hub.send(Input::Open { id, opening, group, writer, gate: Arc::clone(&gate) }).await.is_err() {
             return;
         }
         let (read, write) = tokio::io::split(stream);
         let mut tasks = JoinSet::new();
-        tasks.spawn(Reader { id, holder, context: self.clone() }.run(read));
+        tasks.spawn(Reader { id, holder, gate, context: self.clone() }.run(read));
         tasks.spawn(send_batches(id, write, batches, self.clone()));
         // Whichever ends first ends the other: a half-open session helps nobody. Only the
         // reader's end at a broken frame waits for the writer to tell of it.
@@ -120,6 +122,7 @@ enum Ended {
 struct Reader {
     id: SessionId,
     holder: Holder,
+    gate: Arc<Gate>,
     context: Context,
 }
 
@@ -130,6 +133,10 @@ impl Reader {
         // Set while part of a frame is there: until when the rest must be (I-2).
         let mut deadline: Option<Instant> = None;
         loop {
+            // What was read already waits too, and what was not fills the other side's window.
+            while let Some(until) = self.gate.paused(&self.context.clock) {
+                sleep_until(self.context.clock.instant(until)).await;
+            }
             match codec::decode(&mut buf) {
                 Ok(Some(frame)) => {
                     deadline = None;
@@ -170,6 +177,14 @@ impl Reader {
 
     async fn hand_over(&self, mut frame: Frame) -> bool {
         let at = self.context.clock.stamp();
+        if frame.flags.has(Flags::COMP) {
+            // Here and not in the hub, which all sessions wait for: inflating takes CPU.
+            let ratio = self.context.timing.now().decompression_ratio;
+            if let Err(refusal) = compress::receive(&mut frame, self.gate.is_greeted(), ratio) {
+                frame.cap = Bytes::new();
+                return self.context.hub.send(Input::Unread(self.id, frame, refusal)).await.is_ok();
+            }
+        }
         let grant = frame.flags.has(Flags::START).then(|| self.judge(&frame));
         frame.cap = Bytes::new();
         self.context.hub.send(Input::Frame { id: self.id, frame, grant, at }).await.is_ok()
@@ -213,3 +228,6 @@ async fn send<W: AsyncWrite + Unpin>(write: &mut W, batch: &Batch) -> std::io::R
     write.write_all(&out).await?;
     write.flush().await
 }
+
+#[cfg(test)]
+mod tests;

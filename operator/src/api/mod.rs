@@ -254,6 +254,9 @@ pub struct Limits {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 10_000_000))]
     pub per_peer_requests_per_second: Option<u32>,
+    /// An inflated payload as a multiple of the compressed one, at the most.
+    #[schemars(range(min = 1, max = 10))]
+    pub decompression_ratio: u8,
     /// Timeouts of a session.
     pub timeouts: Timeouts,
 }
@@ -372,6 +375,7 @@ impl Default for Limits {
             requests_per_second: 500,
             per_peer_inflight: None,
             per_peer_requests_per_second: None,
+            decompression_ratio: 10,
             timeouts: Timeouts::default(),
         }
     }

@@ -72,6 +72,7 @@ fn limits(node: &OverlayNode, out: &mut config::Overlay) {
     // A total below the profile's share of one peer narrows that share with it.
     out.per_peer_inflight = limits.per_peer_inflight.unwrap_or(out.per_peer_inflight).min(out.inflight);
     out.per_peer_rps = limits.per_peer_requests_per_second.unwrap_or(out.per_peer_rps).min(out.rps);
+    out.decompression_ratio = limits.decompression_ratio;
     out.handshake_timeout_ms = limits.timeouts.handshake.as_millis();
     out.read_timeout_ms = limits.timeouts.read.as_millis();
     out.write_timeout_ms = limits.timeouts.write.as_millis();

@@ -45,8 +45,14 @@ impl TokenBucket {
     /// Milliseconds until there is a token; 0 if there is one.
     #[must_use]
     pub fn wait_ms(&self, now: Millis) -> u64 {
+        self.wait_for(1, now)
+    }
+
+    /// Milliseconds until there are `tokens`, if none is taken; 0 if there are.
+    #[must_use]
+    pub fn wait_for(&self, tokens: u32, now: Millis) -> u64 {
         let level = self.level.saturating_add(now.since(self.at).saturating_mul(self.per_second));
-        1000_u64.saturating_sub(level).div_ceil(self.per_second.max(1))
+        (u64::from(tokens) * 1000).saturating_sub(level).div_ceil(self.per_second.max(1))
     }
 
     fn refill(&mut self, now: Millis) {

@@ -9,6 +9,9 @@ use crate::identity::Topic;
 
 /// Bytes of a control payload; a longer one is refused before it is parsed.
 pub const MAX_CONTROL: usize = 16_384;
+/// Members and elements of a control payload, all levels together: counted before any is
+/// decoded, since each takes more room decoded than it had on the wire.
+pub const MAX_MEMBERS: usize = 256;
 /// Topics that one subscription may list.
 pub const MAX_TOPICS: usize = 64;
 
@@ -80,8 +83,8 @@ impl HelloReply {
             ua: Some(concat!("overlay-daemon/", env!("CARGO_PKG_VERSION")).to_owned()),
             max_frame: u32::try_from(MAX_FRAME).unwrap_or(u32::MAX),
             max_inflight,
-            // Every defined flag but ACK_REQ and COMP.
-            flags_supported: 0b1001_1111,
+            // Every defined flag.
+            flags_supported: 0xff,
             versions: vec![crate::frame::VERSION],
             transports: vec!["tcp+tls".to_owned(), "unix".to_owned()],
             daemon: Some(daemon),
@@ -118,8 +121,61 @@ pub fn json<T: Serialize>(value: &T) -> Bytes {
     serde_json::to_vec(value).map(Bytes::from).unwrap_or_default()
 }
 
-/// A control payload as `T`, or nothing where it is too long or not one.
+/// A control payload as `T`, or nothing where it is too long, lists too much or is not one.
 #[must_use]
 pub fn parse<'a, T: Deserialize<'a>>(payload: &'a [u8]) -> Option<T> {
-    (payload.len() <= MAX_CONTROL).then(|| serde_json::from_slice(payload).ok()).flatten()
+    let bounded = payload.len() <= MAX_CONTROL && members(payload) <= MAX_MEMBERS;
+    bounded.then(|| serde_json::from_slice(payload).ok()).flatten()
+}
+
+/// Members and elements of a JSON text, all levels together, at the least: what stands between
+/// them and opens them, outside strings.
+fn members(payload: &[u8]) -> usize {
+    let (mut count, mut quoted, mut escaped) = (0, false, false);
+    for byte in payload {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if quoted => escaped = true,
+            b'"' => quoted = !quoted,
+            b',' | b'[' | b'{' if !quoted => count += 1,
+            _ => {}
+        }
+    }
+    count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn subscribe(topics: usize) -> String {
+        let listed: Vec<String> = (0..topics).map(|n| format!("\"{n:x},[\\\",\"")).collect();
+        format!("{{\"op\":\"subscribe\",\"topics\":[{}]}}", listed.join(","))
+    }
+
+    /// F8: whatever repeats in a JSON payload is counted before any of it is decoded; what stands
+    /// in a string is not counted.
+    #[test]
+    fn f8_members_are_counted_before_they_are_decoded() {
+        let most = subscribe(MAX_TOPICS);
+        assert!(matches!(parse(most.as_bytes()), Some(Open::Subscribe { topics }) if topics.len() == MAX_TOPICS));
+        assert_eq!(members(most.as_bytes()), MAX_TOPICS + 2);
+        assert!(parse::<Open>(subscribe(MAX_MEMBERS - 2).as_bytes()).is_some(), "too many, says `node`");
+        assert_eq!(parse::<Open>(subscribe(MAX_MEMBERS - 1).as_bytes()), None);
+        let hello = |nulls: usize| format!("{{\"x\":[{}]}}", vec!["0"; nulls].join(","));
+        assert!(parse::<Hello>(hello(MAX_MEMBERS - 1).as_bytes()).is_some());
+        assert_eq!(parse::<Hello>(hello(MAX_MEMBERS).as_bytes()), None);
+        assert!(hello(8_000).len() <= MAX_CONTROL && parse::<Hello>(hello(8_000).as_bytes()).is_none());
+    }
+
+    /// F8: past 16 KiB nothing is parsed, nor is what nests deeper than any payload does.
+    #[test]
+    fn f8_json_is_bounded_in_length_and_depth() {
+        let padded = |len: usize| format!("{{\"ua\":\"{}\"}}", "a".repeat(len - 9));
+        assert_eq!(padded(MAX_CONTROL).len(), MAX_CONTROL);
+        assert!(parse::<Hello>(padded(MAX_CONTROL).as_bytes()).is_some());
+        assert!(parse::<Hello>(padded(MAX_CONTROL + 1).as_bytes()).is_none());
+        let deep = format!("{{\"x\":{}1{}}}", "[".repeat(8_000), "]".repeat(8_000));
+        assert!(parse::<Hello>(deep.as_bytes()).is_none());
+    }
 }

@@ -52,6 +52,12 @@ impl Flags {
         self.0
     }
 
+    /// These flags but those of `other`.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
     /// Whether every flag of `other` is set.
     #[must_use]
     pub const fn has(self, other: Self) -> bool {

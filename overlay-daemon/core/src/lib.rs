@@ -12,8 +12,11 @@ pub mod status;
 pub mod control;
 pub mod grant;
 pub mod record;
+pub mod compress;
 
 pub mod admission;
+pub mod backoff;
+pub mod budget;
 pub mod session;
 pub mod gossip;
 pub mod lanes;

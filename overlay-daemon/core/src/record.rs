@@ -8,13 +8,20 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use crate::control::Incarnation;
 use crate::frame::{CHUNK, MAX_BODY};
-use crate::identity::{SpiffeId, TenantId, Topic};
+use crate::identity::{MAX_ID, MAX_TOPIC, SpiffeId, TenantId, Topic};
 
 /// A BLAKE3-256 digest.
 pub type Digest = [u8; 32];
 
 /// Ids that one announcement lists.
 pub const MAX_ANNOUNCED: usize = 1_024;
+
+/// Bytes of the largest payload of an EVENT or gossip frame: a Message whose topic, origin and
+/// payload are as long as they may be.
+pub const MAX_RECORD: usize = 2 + MAX_ENVELOPE + CHUNK;
+/// Bytes of the largest payload of a publisher's frame: a Piece.
+pub const MAX_PUBLISH: usize = 1 + 32 + 4 + CHUNK;
+const MAX_ENVELOPE: usize = 2 + MAX_TOPIC + 2 + MAX_ID + 3 * 8 + 4 + 32;
 
 const DOMAIN: &[u8] = b"rustyonions.io overlay message id v1";
 

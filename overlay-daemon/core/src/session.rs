@@ -25,7 +25,8 @@ pub enum State {
     Handshake,
     /// Streams may be opened.
     Active,
-    /// The other side refused for now; it is asked again after a delay.
+    /// The other side refused for now, or there is pressure here: nothing new is opened by this
+    /// side until a delay is over. What is open goes on.
     Backoff,
     /// Over; nothing is accepted or sent any more.
     Closed,
@@ -65,6 +66,7 @@ pub struct Timers {
 
 /// A stream of a session, with what `node` keeps for it.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub struct Stream<K> {
     /// The protocol it speaks.
     pub app: AppProto,
@@ -99,6 +101,7 @@ pub enum Event {
 
 /// A session over a connection whose bytes somebody else moves.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub struct Session<K> {
     role: Role,
     state: State,
@@ -107,7 +110,8 @@ pub struct Session<K> {
     heard: Millis,
     active: Millis,
     resume: Option<Millis>,
-    next_ours: u64,
+    /// Nothing once the last number was given out.
+    next_ours: Option<u64>,
     last_theirs: u64,
     pinged: Option<Millis>,
     streams: BTreeMap<u64, Stream<K>>,
@@ -125,7 +129,7 @@ impl<K> Session<K> {
             heard: now,
             active: now,
             resume: None,
-            next_ours: if role == Role::Dialler { 1 } else { 2 },
+            next_ours: Some(if role == Role::Dialler { 1 } else { 2 }),
             last_theirs: 0,
             pinged: None,
             streams: BTreeMap::new(),
@@ -140,10 +144,11 @@ impl<K> Session<K> {
         }
         self.state = State::Handshake;
         self.active = now;
-        (self.role == Role::Dialler).then(|| {
-            let corr_id = self.next_corr();
-            Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), corr_id, json(hello))
-        })
+        if self.role == Role::Acceptor {
+            return None;
+        }
+        let corr_id = self.next_corr()?;
+        Some(Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), corr_id, json(hello)))
     }
 
     /// A frame arrived.
@@ -164,13 +169,14 @@ impl<K> Session<K> {
     fn greeting(&mut self, frame: Frame) -> Result<Event, Refusal> {
         const HELLO_FIRST: Refusal = Refusal::new(Status::BadRequest, "HELLO comes first");
         let control = frame.app == AppProto::CONTROL;
+        let answers = frame.flags.without(Flags::END) == Flags::RESP;
         match self.role {
             Role::Acceptor if control && frame.flags == Flags::REQ => {
                 let hello = parse(&frame.payload).ok_or(HELLO_FIRST)?;
                 self.last_theirs = frame.corr_id;
                 Ok(Event::Hello(frame, hello))
             }
-            Role::Dialler if control && frame.flags.has(Flags::RESP) && frame.corr_id == 1 && frame.code == 200 => {
+            Role::Dialler if control && answers && frame.corr_id == 1 && frame.code == 200 => {
                 let reply = parse(&frame.payload).ok_or(HELLO_FIRST)?;
                 self.state = State::Active;
                 Ok(Event::Welcomed(reply))
@@ -191,8 +197,14 @@ impl<K> Session<K> {
         if kinds != 1 {
             return bad("a frame is exactly one of REQ, RESP and EVENT");
         }
-        if frame.flags.has(Flags::COMP) || frame.flags.has(Flags::ACK_REQ) {
-            return bad("COMP and ACK_REQ are not in flags_supported");
+        if frame.flags.has(Flags::COMP) {
+            return bad("only requests of a stream may be compressed"); // theirs are inflated by now
+        }
+        if frame.flags.has(Flags::ACK_REQ) && !frame.flags.has(Flags::REQ) {
+            return bad("only requests of a stream may ask for an acknowledgement");
+        }
+        if frame.flags.has(Flags::START) && !frame.flags.has(Flags::REQ) {
+            return bad("only a request opens a stream");
         }
         if frame.flags.has(Flags::EVENT) {
             return bad("no subscription asked for this event");
@@ -209,8 +221,7 @@ impl<K> Session<K> {
 
     fn start(&mut self, frame: Frame) -> Result<Event, Refusal> {
         let bad = |message| Err(Refusal::new(Status::BadRequest, message));
-        let theirs_odd = self.role == Role::Acceptor;
-        if frame.corr_id == 0 || (frame.corr_id % 2 == 1) != theirs_odd {
+        if !self.is_theirs(frame.corr_id) {
             return bad("corr_id is of the other side's numbers");
         }
         if frame.corr_id <= self.last_theirs {
@@ -226,11 +237,16 @@ impl<K> Session<K> {
         Ok(Event::Start(frame))
     }
 
+    /// Whether `corr_id` is of the row that the other side opens streams by.
+    fn is_theirs(&self, corr_id: u64) -> bool {
+        corr_id != 0 && (corr_id % 2 == 1) == (self.role == Role::Acceptor)
+    }
+
     fn request(&mut self, frame: Frame) -> Result<Event, Refusal> {
         let bad = |message| Err(Refusal::new(Status::BadRequest, message));
         let Some(stream) = self.streams.get(&frame.corr_id).filter(|stream| !stream.ours) else {
             // Sent before the refusal or the end of its stream was heard.
-            return if frame.corr_id <= self.last_theirs {
+            return if self.is_theirs(frame.corr_id) && frame.corr_id <= self.last_theirs {
                 Ok(Event::Nothing)
             } else {
                 bad("the stream never started")
@@ -263,11 +279,12 @@ impl<K> Session<K> {
         self.streams.insert(start.corr_id, Stream { app: start.app, tenant: start.tenant, kind, ours: false });
     }
 
-    /// Opens a stream of our own: the START to send.
-    pub fn open_ours(&mut self, app: AppProto, tenant: TenantId, cap: Bytes, payload: Bytes, kind: K) -> Frame {
-        let corr_id = self.next_corr();
+    /// Opens a stream of our own: the START to send. Nothing once every `corr_id` was used: the
+    /// session is then to be closed, and another to be dialled.
+    pub fn open_ours(&mut self, app: AppProto, tenant: TenantId, cap: Bytes, payload: Bytes, kind: K) -> Option<Frame> {
+        let corr_id = self.next_corr()?;
         self.streams.insert(corr_id, Stream { app, tenant, kind, ours: true });
-        Frame { cap, ..Frame::new(Flags::REQ | Flags::START, app, tenant, corr_id, payload) }
+        Some(Frame { cap, ..Frame::new(Flags::REQ | Flags::START, app, tenant, corr_id, payload) })
     }
 
     /// The stream `corr_id`.
@@ -290,11 +307,12 @@ impl<K> Session<K> {
         self.active = now;
     }
 
-    /// The other side said 429 or 503: Active to Backoff, for `delay_ms`.
+    /// The other side refused for now, or there is pressure here: Active to Backoff, for
+    /// `delay_ms` at the least.
     pub fn back_off(&mut self, delay_ms: u64, now: Millis) {
-        if self.state == State::Active {
+        if matches!(self.state, State::Active | State::Backoff) {
             self.state = State::Backoff;
-            self.resume = Some(now.after(delay_ms));
+            self.resume = self.resume.max(Some(now.after(delay_ms)));
         }
     }
 
@@ -329,8 +347,8 @@ impl<K> Session<K> {
             return Ok(Tick::Resume);
         }
         if self.role == Role::Dialler && self.pinged.is_none() && now.since(self.heard) >= idle / 3 {
+            let Some(corr_id) = self.next_corr() else { return Ok(Tick::Spent) };
             self.pinged = Some(now);
-            let corr_id = self.next_corr();
             return Ok(Tick::Ping(Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), corr_id, Bytes::new())));
         }
         Ok(Tick::Nothing)
@@ -360,6 +378,12 @@ impl<K> Session<K> {
         }
     }
 
+    /// As if every number of our own before `next` had been used.
+    #[cfg(test)]
+    pub(crate) fn skip_to(&mut self, next: u64) {
+        self.next_ours = Some(next);
+    }
+
     /// Where it stands.
     #[must_use]
     pub fn state(&self) -> State {
@@ -378,10 +402,10 @@ impl<K> Session<K> {
         (now.since(self.opened), now.since(self.active))
     }
 
-    fn next_corr(&mut self) -> u64 {
-        let corr_id = self.next_ours;
-        self.next_ours = self.next_ours.saturating_add(2);
-        corr_id
+    fn next_corr(&mut self) -> Option<u64> {
+        let corr_id = self.next_ours?;
+        self.next_ours = corr_id.checked_add(2);
+        Some(corr_id)
     }
 }
 
@@ -394,6 +418,8 @@ pub enum Tick {
     Ping(Frame),
     /// The delay is over: ask again.
     Resume,
+    /// Every `corr_id` was used: close, in good order.
+    Spent,
 }
 
 #[cfg(test)]

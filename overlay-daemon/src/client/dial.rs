@@ -137,6 +137,7 @@ async fn remote(address: &str, args: &RemoteArgs, local: &SocketArgs) -> Result<
         write: connection::ANSWER_TIMEOUT,
         idle: connection::ANSWER_TIMEOUT,
         max_handshakes_in_flight: 1,
+        decompression_ratio: overlay_core::compress::MAX_RATIO,
     };
     let dialled = transport::dial(address, &tls, &config, clock).await.map_err(DialError::Transport)?;
     if !wanted.covers(&dialled.peer) {

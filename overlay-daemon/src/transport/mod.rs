@@ -45,6 +45,8 @@ pub struct TransportConfig {
     pub idle: Duration,
     /// TLS handshakes at once, counted from a complete ClientHello.
     pub max_handshakes_in_flight: usize,
+    /// An inflated payload as a multiple of the compressed one, at the most.
+    pub decompression_ratio: u8,
 }
 
 /// A [`TransportConfig`] that may change: each connection takes what holds when it begins.
@@ -80,6 +82,7 @@ impl From<&Overlay> for TransportConfig {
             write: Duration::from_millis(overlay.write_timeout_ms),
             idle: Duration::from_millis(overlay.idle_timeout_ms),
             max_handshakes_in_flight: usize::try_from(overlay.max_handshakes_in_flight).unwrap_or(usize::MAX),
+            decompression_ratio: overlay.decompression_ratio,
         }
     }
 }

@@ -22,6 +22,7 @@ const CONFIG: TransportConfig = TransportConfig {
     write: Duration::from_secs(5),
     idle: Duration::from_secs(15),
     max_handshakes_in_flight: 64,
+    decompression_ratio: overlay_core::compress::MAX_RATIO,
 };
 
 /// Keys that `authority` vouches for, with a leaf of `options`.

@@ -51,6 +51,7 @@ fn every_field_of_the_spec_reaches_the_configuration() {
         spec.limits.requests_per_second = 200;
         spec.limits.per_peer_inflight = Some(5);
         spec.limits.per_peer_requests_per_second = Some(6);
+        spec.limits.decompression_ratio = 4;
         spec.limits.timeouts.handshake = Duration::from_millis(101);
         spec.limits.timeouts.read = Duration::from_millis(102);
         spec.limits.timeouts.write = Duration::from_millis(103);
@@ -78,7 +79,7 @@ fn every_field_of_the_spec_reaches_the_configuration() {
     assert_eq!((o.profile, o.amnesia, o.listen.port()), (config::Profile::Macronode, false, 9501));
     assert_eq!(o.tenants, [TenantId(7), TenantId(0)]);
     assert_eq!((o.max_sessions, o.max_handshakes_in_flight, o.inflight, o.rps), (1, 2, 100, 200));
-    assert_eq!((o.per_peer_inflight, o.per_peer_rps), (5, 6));
+    assert_eq!((o.per_peer_inflight, o.per_peer_rps, o.decompression_ratio), (5, 6, 4));
     assert_eq!(
         (o.handshake_timeout_ms, o.read_timeout_ms, o.write_timeout_ms, o.idle_timeout_ms),
         (101, 102, 103, 304)

@@ -111,6 +111,8 @@ pub struct Overlay {
     pub per_peer_inflight: u32,
     /// Requests a second, one session; 1 to `rps`.
     pub per_peer_rps: u32,
+    /// An inflated payload as a multiple of the compressed one, at the most; 1 to 10.
+    pub decompression_ratio: u8,
     /// From TCP accept to HELLO answered, all of it; 100 to 600,000.
     pub handshake_timeout_ms: u64,
     /// From a frame's first byte to its last; 100 to 600,000.
@@ -318,6 +320,7 @@ impl Overlay {
             rps: 500,
             per_peer_inflight: if micro { 32 } else { 128 },
             per_peer_rps: if micro { 200 } else { 500 },
+            decompression_ratio: crate::compress::MAX_RATIO,
             handshake_timeout_ms: 3_000,
             read_timeout_ms: 5_000,
             write_timeout_ms: 5_000,

@@ -9,6 +9,7 @@ use super::{
     DaemonConfig, Drain, FORMAT, Gossip, KeyExchange, LogFormat, LogLevel, MAX_PEERS, Observability, Overlay, Peer,
     PeersConfig, Profile, Readiness, Tls, Token, Unix,
 };
+use crate::compress::MAX_RATIO;
 use crate::identity::{SpiffeId, TenantId};
 
 mod table;
@@ -118,6 +119,7 @@ fn overlay(mut t: Table<'_, '_>, e: &mut Errors<'_>) -> Option<Overlay> {
     let rps = t.integer("rps", 1..=10_000_000, d.rps, e);
     let per_peer_inflight = within(&mut t, "per_peer_inflight", d.per_peer_inflight, ("inflight", inflight), e);
     let per_peer_rps = within(&mut t, "per_peer_rps", d.per_peer_rps, ("rps", rps), e);
+    let decompression_ratio = t.integer("decompression_ratio", 1..=MAX_RATIO, d.decompression_ratio, e);
     let handshake_timeout_ms = t.integer("handshake_timeout_ms", 100..=600_000, d.handshake_timeout_ms, e);
     let read_timeout_ms = t.integer("read_timeout_ms", 100..=600_000, d.read_timeout_ms, e);
     let write_timeout_ms = t.integer("write_timeout_ms", 100..=600_000, d.write_timeout_ms, e);
@@ -134,6 +136,7 @@ fn overlay(mut t: Table<'_, '_>, e: &mut Errors<'_>) -> Option<Overlay> {
         rps: rps?,
         per_peer_inflight: per_peer_inflight?,
         per_peer_rps: per_peer_rps?,
+        decompression_ratio: decompression_ratio?,
         handshake_timeout_ms: handshake_timeout_ms?,
         read_timeout_ms: read_timeout_ms?,
         write_timeout_ms: write_timeout_ms?,

@@ -84,6 +84,10 @@ fn what_is_wrong_is_named() {
     let instead = |from: &str, to: &str| C6.replacen(from, to, 1);
     let table = [
         (more("[gossip]\nfanout = 900"), "line 25: gossip.fanout: must be 1 to 64, is 900"),
+        (
+            instead("amnesia           = true", "decompression_ratio = 11"),
+            "line 8: overlay.decompression_ratio: must be 1 to 10, is 11",
+        ),
         (more("[gossip]\nfanout = -1"), "line 25: gossip.fanout: must be 1 to 64, is -1"),
         (more("[gossip]\nfanout = \"6\""), "line 25: gossip.fanout: must be a whole number, is a string"),
         (more("[gossip]\nfanout = 6.5"), "line 25: gossip.fanout: must be a whole number, is a float"),
@@ -304,6 +308,7 @@ fn live_settings() {
         ("rps", |c| c.overlay.rps = 7),
         ("per_peer_inflight", |c| c.overlay.per_peer_inflight = 7),
         ("per_peer_rps", |c| c.overlay.per_peer_rps = 7),
+        ("decompression_ratio", |c| c.overlay.decompression_ratio = 7),
         ("read_timeout_ms", |c| c.overlay.read_timeout_ms = 700),
         ("fanout", |c| c.gossip.fanout = 7),
         ("store_bytes", |c| c.gossip.store_bytes = 7 << 20),

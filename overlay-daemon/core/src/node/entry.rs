@@ -8,6 +8,8 @@ use bytes::Bytes;
 use super::{Opening, SessionId};
 use crate::Millis;
 use crate::admission::Quota;
+use crate::backoff::Backoff;
+use crate::budget::FrameBudget;
 use crate::config::DaemonConfig;
 use crate::control::{DaemonHello, Incarnation};
 use crate::frame::{AppProto, Flags, Frame};
@@ -79,6 +81,10 @@ pub(super) struct Entry {
     pub(super) stranger: Option<DaemonHello>,
     pub(super) lanes: Lanes,
     pub(super) quota: Quota,
+    pub(super) backoff: Backoff,
+    pub(super) budget: FrameBudget,
+    /// Useless frames that the budget has not been told of.
+    pub(super) useless: u32,
     pub(super) writer_idle: bool,
     pub(super) sendable: bool,
     pub(super) closing: bool,
@@ -96,6 +102,9 @@ impl Entry {
             stranger: None,
             lanes: Lanes::new(config.gossip.lane_depth_frames),
             quota: Quota::new(config.overlay.per_peer_rps, config.overlay.per_peer_inflight, now),
+            backoff: Backoff::default(),
+            budget: FrameBudget::new(now),
+            useless: 0,
             writer_idle: true,
             sendable: false,
             closing: false,

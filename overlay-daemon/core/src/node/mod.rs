@@ -2,9 +2,11 @@
 //! and when to look again. The shell feeds it frames and the time, and moves what it gives.
 //!
 //! Reading order: `entry` (one session's place here), `peers` (who is a peer, links), `streams`
-//! (what a START opens), `pubsub` (publish, subscribe, delivery), `report` (its state).
+//! (what a START opens), `pubsub` (publish, subscribe, delivery), `pace` (windows, budgets,
+//! delays), `report` (its state).
 
 mod entry;
+mod pace;
 mod peers;
 mod pubsub;
 mod report;
@@ -16,6 +18,7 @@ use bytes::Bytes;
 
 use crate::Millis;
 use crate::admission::Quota;
+use crate::backoff::Jitter;
 use crate::config::{DaemonConfig, PeersConfig, Places};
 use crate::control::{DaemonHello, Hello, HelloReply, Incarnation};
 use crate::frame::{AppProto, Flags, Frame};
@@ -73,6 +76,8 @@ pub enum Output {
     Rejected(Reason),
     /// HELLO made the session active.
     Opened(SessionId),
+    /// Read nothing more of the session until then: too much of it was useless.
+    Pause(SessionId, Millis),
 }
 
 /// Bytes that one batch for a writer holds at the most.
@@ -104,12 +109,14 @@ pub struct Node {
     /// When to look at a session again; never later than its machine asks.
     deadlines: BTreeSet<(Millis, SessionId)>,
     outputs: VecDeque<Output>,
+    jitter: Jitter,
     /// When to look for those again.
     housekeeping_at: Millis,
 }
 
 impl Node {
-    /// A daemon of this identity, without sessions.
+    /// A daemon of this identity, without sessions. The incarnation seeds what it needs of
+    /// randomness: how far its attempts are spread.
     #[must_use]
     pub fn new(
         config: DaemonConfig,
@@ -138,6 +145,7 @@ impl Node {
             sendable: VecDeque::new(),
             deadlines: BTreeSet::new(),
             outputs: VecDeque::new(),
+            jitter: Jitter::new(incarnation.0),
             housekeeping_at: now.after(HOUSEKEEPING_MS),
         }
     }
@@ -214,34 +222,17 @@ impl Node {
 
     /// The bytes of a session cannot be a frame: it is told why, then closed.
     pub fn handle_framing_error(&mut self, id: SessionId, status: Status) {
-        let refusal = Refusal::new(status, "the bytes are not an OAP/1 frame");
-        let frame = Frame {
-            code: status.code(),
-            ..Frame::new(Flags::RESP | Flags::END, AppProto::CONTROL, crate::identity::TenantId(0), 0, refusal.body(0))
-        };
-        self.outputs.push_back(Output::Rejected(status.reason()));
-        self.push(id, Class::Control, frame);
-        self.close_when_sent(id);
+        self.refuse_session(id, &Refusal::new(status, "the bytes are not an OAP/1 frame"));
     }
 
     /// A frame arrived. `grant` is the verdict on its capability, where it is a START.
     pub fn handle_frame(&mut self, id: SessionId, frame: Frame, grant: Option<Result<Grant, Refusal>>, clock: Clock) {
-        let Some(entry) = self.sessions.get_mut(&id).filter(|entry| !entry.closing) else { return };
-        let was = entry.session.state();
         let about = Frame { payload: Bytes::new(), cap: Bytes::new(), ..frame.clone() };
-        let event = match entry.session.handle_frame(frame, clock.now) {
-            Ok(event) => event,
-            Err(refusal) => {
-                self.refuse(id, &about, &refusal, false);
-                if was == State::Handshake {
-                    self.close_when_sent(id);
-                }
-                return;
-            }
-        };
+        let Some(event) = self.judge(id, frame, &about, clock) else { return };
         match event {
-            Event::Nothing => {}
+            Event::Nothing => self.count_useless(id),
             Event::Ping(ping) => {
+                self.count_useless(id);
                 // A copy: a slice of what was read would keep all of it while it waits.
                 let pong = Frame::response(&ping, 200, true, Bytes::copy_from_slice(&ping.payload));
                 self.push(id, Class::Control, pong);
@@ -250,8 +241,33 @@ impl Node {
             Event::Welcomed(reply) => self.welcomed(id, reply, clock),
             Event::Start(start) => self.start(id, &start, grant, clock),
             Event::Request(frame) => self.request(id, frame, clock),
-            Event::Ended(frame) => self.end(id, &frame),
-            Event::Answer(frame) => self.answered(id, &frame, clock),
+            Event::Ended(frame) => {
+                self.count_useless(id);
+                self.end(id, &frame);
+            }
+            Event::Answer(frame) => {
+                self.count_useless(id);
+                self.answered(id, &frame, clock);
+            }
+        }
+        self.acknowledge(id, &about);
+        self.settle_budget(id, clock.now);
+    }
+
+    /// What a frame asks for where it is legal; else it is refused, and that is all.
+    fn judge(&mut self, id: SessionId, frame: Frame, about: &Frame, clock: Clock) -> Option<Event> {
+        let entry = self.sessions.get_mut(&id).filter(|entry| !entry.closing)?;
+        let was = entry.session.state();
+        match entry.session.handle_frame(frame, clock.now) {
+            Ok(event) => Some(event),
+            Err(refusal) => {
+                self.refuse(id, about, &refusal, false);
+                if was == State::Handshake {
+                    self.close_when_sent(id);
+                }
+                self.settle_budget(id, clock.now);
+                None
+            }
         }
     }
 
@@ -321,6 +337,7 @@ impl Node {
         if now >= self.housekeeping_at {
             self.housekeeping_at = now.after(HOUSEKEEPING_MS);
             self.refuse_stalled_uploads(now);
+            self.back_off_under_pressure(now);
             self.close_leaving(now);
         }
         let mut wire = Wire::new(&mut self.sessions, &self.links, &mut self.sendable);
@@ -337,6 +354,7 @@ impl Node {
             }
             Ok(Tick::Ping(frame)) => self.push(id, Class::Control, frame),
             Ok(Tick::Resume) => self.open_gossip(id),
+            Ok(Tick::Spent) => return self.close_when_sent(id), // and no deadline any more
             Ok(Tick::Nothing) => {}
         }
         self.mark_sendable(id);
@@ -419,9 +437,20 @@ impl Node {
 
     /// Answers with a refusal. `end` closes the stream.
     fn refuse(&mut self, id: SessionId, to: &Frame, refusal: &Refusal, end: bool) {
+        self.count_useless(id);
         self.outputs.push_back(Output::Rejected(refusal.status.reason()));
         let frame = Frame::response(to, refusal.status.code(), end, refusal.body(to.corr_id));
         self.push(id, Class::Control, frame);
+    }
+
+    /// Refuses the session itself: it is told why, then closed.
+    fn refuse_session(&mut self, id: SessionId, refusal: &Refusal) {
+        let code = refusal.status.code();
+        let tenant = crate::identity::TenantId(0);
+        let end = Frame::new(Flags::RESP | Flags::END, AppProto::CONTROL, tenant, 0, refusal.body(0));
+        self.outputs.push_back(Output::Rejected(refusal.status.reason()));
+        self.push(id, Class::Control, Frame { code, ..end });
+        self.close_when_sent(id);
     }
 
     fn close_when_sent(&mut self, id: SessionId) {
@@ -440,9 +469,10 @@ impl Node {
 
 /// Whether a queued frame answers a request that was taken, which is in flight until the writer
 /// has it. A refused one never was: whoever sends many and reads nothing takes no place from
-/// others, and ends by its full lane.
+/// others, and ends by its full lane. An acknowledgement answers nothing.
 fn counts_as_answer(frame: &Frame) -> bool {
-    frame.flags.has(Flags::RESP) && frame.app != AppProto::CONTROL && frame.code < Status::BadRequest.code()
+    let taken = frame.code < Status::BadRequest.code() && frame.code != pace::PARTIAL;
+    frame.flags.has(Flags::RESP) && frame.app != AppProto::CONTROL && taken
 }
 
 #[cfg(test)]

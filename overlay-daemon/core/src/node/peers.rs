@@ -7,7 +7,7 @@ use super::{Clock, Entry, Kind, Node, Output, Party, SessionId, Wire};
 use crate::Millis;
 use crate::config::{Peer, Places};
 use crate::control::{DaemonHello, Open, json};
-use crate::frame::{AppProto, Frame};
+use crate::frame::{AppProto, Flags, Frame};
 use crate::gossip::MAX_LINKS;
 use crate::grant::Holder;
 use crate::identity::SpiffeId;
@@ -191,8 +191,12 @@ impl Node {
         stays
     }
 
-    /// Asks for every gossip stream that the link does not have yet, one a tenant.
+    /// Asks for every gossip stream that the link does not have yet, one a tenant. In Backoff
+    /// nothing is asked for: the end of the delay does.
     pub(super) fn open_gossip(&mut self, id: SessionId) {
+        if !self.is_active(id) {
+            return;
+        }
         let token = self.token.clone();
         for tenant in self.config.overlay.tenants.clone() {
             let Some(entry) = self.sessions.get_mut(&id) else { return };
@@ -201,13 +205,9 @@ impl Node {
             if asked || remote.streams.contains_key(&tenant) {
                 continue;
             }
-            let start = entry.session.open_ours(
-                AppProto::GOSSIP,
-                tenant,
-                token.clone(),
-                json(&Open::Gossip {}),
-                Kind::GossipOut,
-            );
+            let open = json(&Open::Gossip {});
+            let start = entry.session.open_ours(AppProto::GOSSIP, tenant, token.clone(), open, Kind::GossipOut);
+            let Some(start) = start else { return self.close_when_sent(id) };
             self.push(id, Class::Control, start);
         }
     }
@@ -216,7 +216,9 @@ impl Node {
     pub(super) fn answered(&mut self, id: SessionId, frame: &Frame, clock: Clock) {
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let tenant = frame.tenant;
-        if frame.code == 200 {
+        let ends = frame.flags.has(Flags::END);
+        if frame.code == 200 && !ends {
+            entry.backoff.handle_success();
             let Some(remote) = entry.remote_mut() else { return };
             if remote.streams.insert(tenant, frame.corr_id).is_some() {
                 return; // said before: what is held is not announced anew for it
@@ -225,18 +227,20 @@ impl Node {
             self.engine.handle_tenant_up(link, clock.now);
             return;
         }
+        let accepted = entry.remote().is_some_and(|remote| remote.streams.get(&tenant) == Some(&frame.corr_id));
+        if !ends && (accepted || frame.code < Status::BadRequest.code()) {
+            return; // about a frame, and gossip asks for no answers
+        }
         entry.session.close_stream(frame.corr_id);
-        if let Some(remote) = entry.remote_mut() {
+        if let Some(remote) = entry.remote_mut().filter(|_| accepted) {
             remote.streams.remove(&tenant);
         }
         // Other refusals may pass too: the peer may not have the keys of a new token yet. A
         // session without its stream would count as a peer and carry nothing.
         let soon = frame.code == Status::QuotaExhausted.code() || frame.code == Status::Unavailable.code();
-        let wait =
-            crate::control::parse::<crate::status::ErrorBody>(&frame.payload).and_then(|body| body.retry_after_ms);
-        let wait = wait.filter(|_| soon).unwrap_or(if soon { 1_000 } else { REFUSED_MS });
-        entry.session.back_off(wait.clamp(100, 60_000), clock.now);
-        self.reschedule(id);
+        let body = crate::control::parse::<crate::status::ErrorBody>(&frame.payload);
+        let asked = body.and_then(|body| body.retry_after_ms).filter(|_| soon);
+        self.back_off(id, asked.unwrap_or(if soon { 0 } else { REFUSED_MS }), clock.now);
     }
 
     /// Closes a session without waiting for what it has queued.

@@ -146,6 +146,7 @@ impl Node {
         match self.set_upload(id, frame.corr_id, Upload::None) {
             Some(Upload::Refused { hash }) if hash == piece.hash => {
                 self.set_upload(id, frame.corr_id, Upload::Refused { hash });
+                self.count_useless(id);
                 Ok(None)
             }
             Some(Upload::Open { hash, size, attributes, mut got, bytes, mut hasher, .. }) => {
@@ -184,6 +185,16 @@ impl Node {
             entry.quota.leave(1);
         }
         self.quota.leave(1);
+    }
+
+    /// A frame of a stream could not be read: the message under way there, if any, lacks it.
+    pub(super) fn refuse_upload(&mut self, id: SessionId, corr_id: u64) {
+        let stream = self.sessions.get_mut(&id).and_then(|entry| entry.session.stream_mut(corr_id));
+        let Some(Kind::Publish { upload, .. }) = stream.map(|stream| &mut stream.kind) else { return };
+        if let Upload::Open { hash, .. } = *upload {
+            *upload = Upload::Refused { hash };
+            self.forget_upload(id);
+        }
     }
 
     /// An upload whose next chunk does not come is refused: it holds memory, and a place among

@@ -123,12 +123,19 @@ impl Node {
         let tenant = frame.tenant;
         let Some(record) = Record::decode(frame.payload) else {
             self.outputs.push_back(Output::Rejected(Reason::Protocol));
+            self.count_useless(id);
             return;
         };
         let (mut wire, engine) = self.wire();
         match engine.handle_record(link, tenant, record, (clock.unix_ms, clock.now), &mut wire) {
             Ok(deliveries) => deliveries.iter().for_each(|held| self.deliver(held)),
-            Err(reason) => self.outputs.push_back(Output::Rejected(reason)),
+            Err(reason) => {
+                self.outputs.push_back(Output::Rejected(reason));
+                // What is stale is nobody's fault: a mesh that was apart sends much of it.
+                if reason != Reason::Stale {
+                    self.count_useless(id);
+                }
+            }
         }
     }
 

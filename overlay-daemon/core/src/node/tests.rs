@@ -1,5 +1,7 @@
 //! Whole daemons joined in virtual time: every frame takes a millisecond, nothing is real.
 
+mod joined;
+mod pace;
 mod sim;
 
 use sim::{Sim, TOPIC};

@@ -61,9 +61,35 @@ fn sizes_past_their_bounds_are_refused() {
     assert_eq!(Record::decode(message.clone().freeze()), None, "over 1 MiB");
     message[size..size + 4].copy_from_slice(&65_536_u32.to_be_bytes());
     assert_eq!(Record::decode(message.freeze()), None, "a Begin that should be a Message");
-    let mut announce = BytesMut::from(&[ANNOUNCE][..]);
-    announce.put_bytes(0, 32 * (MAX_ANNOUNCED + 1));
-    assert_eq!(Record::decode(announce.freeze()), None);
+}
+
+/// F8: what repeats is counted by its bytes before one of it is decoded; at its most it takes
+/// no more room than it had on the wire.
+#[test]
+fn f8_announced_ids_are_counted_before_they_are_decoded() {
+    let announce = |ids: usize| {
+        let mut bytes = BytesMut::from(&[ANNOUNCE][..]);
+        bytes.put_bytes(7, 32 * ids);
+        bytes.freeze()
+    };
+    let Some(Record::Announce(ids)) = Record::decode(announce(MAX_ANNOUNCED)) else { panic!("{MAX_ANNOUNCED} ids") };
+    assert_eq!((ids.len(), size_of::<MessageId>()), (MAX_ANNOUNCED, 32));
+    assert!(ids.capacity() * size_of::<MessageId>() <= 2 * announce(MAX_ANNOUNCED).len());
+    for ids in [0, MAX_ANNOUNCED + 1, 32_767] {
+        assert_eq!(Record::decode(announce(ids)), None, "{ids} ids");
+    }
+}
+
+/// F8: no record is longer than one whose names and payload are as long as they may be.
+#[test]
+fn f8_the_longest_record_is_a_message() {
+    let origin = format!("spiffe://{}/ns/a/overlaynode/mesh", "d".repeat(MAX_ID - 31)).parse().unwrap();
+    let topic = "t".repeat(MAX_TOPIC).parse().unwrap();
+    let envelope = Envelope { topic, origin, ..envelope(CHUNK as u32) };
+    let record = Record::Message { hops: 0, envelope, payload: vec![0; CHUNK].into() };
+    assert_eq!(record.encode().len(), MAX_RECORD);
+    let piece = Piece { hash: [0; 32], index: 0, bytes: vec![0; CHUNK].into() };
+    assert_eq!(Publish::Piece(piece).encode().len(), MAX_PUBLISH);
 }
 
 #[test]

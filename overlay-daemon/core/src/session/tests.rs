@@ -41,9 +41,9 @@ fn two_ends_greet() {
     assert_eq!((dialler.state(), acceptor.state()), (State::Active, State::Active));
 }
 
-/// C-3, F9: an illegal frame gets 400 and changes nothing.
+/// C-3: an illegal frame gets 400 and changes nothing.
 #[test]
-fn illegal_frames_change_nothing() {
+fn f3_illegal_frames_change_nothing() {
     use AppProto as A;
     let start = Flags::REQ | Flags::START;
     let tenant = Frame { tenant: TenantId(9), ..frame(Flags::REQ, A::PUBSUB, 3) };
@@ -62,6 +62,11 @@ fn illegal_frames_change_nothing() {
         ("compressed", frame(Flags::REQ | Flags::COMP, A::PUBSUB, 3)),
         ("another protocol in mid-stream", frame(Flags::REQ, A::GOSSIP, 3)),
         ("another tenant in mid-stream", tenant),
+        ("an answer that asks for an acknowledgement", frame(Flags::RESP | Flags::ACK_REQ, A::PUBSUB, 2)),
+        ("an answer that opens a stream", frame(Flags::RESP | Flags::START, A::PUBSUB, 5)),
+        ("a request on a number of ours", frame(Flags::REQ, A::PUBSUB, 2)),
+        ("a request on corr_id 0", frame(Flags::REQ, A::PUBSUB, 0)),
+        ("a ping that asks for an acknowledgement", frame(Flags::REQ | Flags::ACK_REQ, A::CONTROL, 5)),
         ("an overlong ping", Frame { payload: vec![0; 65].into(), ..frame(Flags::REQ, A::CONTROL, 5) }),
     ] {
         let mut session = active();
@@ -189,9 +194,212 @@ fn a_deadline_that_passed_is_not_asked_for_again() {
 #[test]
 fn an_answer_for_another_tenant_is_illegal() {
     let mut session = active();
-    let start = session.open_ours(AppProto::GOSSIP, TenantId(1), Bytes::new(), Bytes::new(), ());
+    let start = session.open_ours(AppProto::GOSSIP, TenantId(1), Bytes::new(), Bytes::new(), ()).unwrap();
     let answer =
         |tenant| Frame { code: 200, tenant: TenantId(tenant), ..frame(Flags::RESP, AppProto::GOSSIP, start.corr_id) };
     assert_eq!(session.handle_frame(answer(2), Millis(0)).unwrap_err().status, Status::BadRequest);
     assert!(matches!(session.handle_frame(answer(1), Millis(0)), Ok(Event::Answer(_))));
+}
+
+/// A session in each state, with stream 3 (4 where it dialled) opened by the other side on
+/// protocol 1, 1 used and over, and one of its own on protocol 3.
+fn in_every_state() -> Vec<(&'static str, Session<()>)> {
+    let idle = Session::new(Role::Acceptor, TIMERS, Millis(0));
+    let mut dialling = Session::new(Role::Dialler, TIMERS, Millis(0));
+    dialling.handle_connected(&Hello::default(), Millis(0));
+    let mut dialler = Session::new(Role::Dialler, TIMERS, Millis(0));
+    dialler.handle_connected(&Hello::default(), Millis(0));
+    let daemon = crate::control::DaemonHello { name: "a".into(), incarnation: Default::default() };
+    let welcome =
+        Frame { code: 200, payload: json(&HelloReply::of(daemon, 32)), ..frame(Flags::RESP, AppProto::CONTROL, 1) };
+    assert!(dialler.handle_frame(welcome, Millis(0)).is_ok());
+    for corr_id in [2, 4] {
+        let start = frame(Flags::REQ | Flags::START, AppProto::PUBSUB, corr_id);
+        assert!(matches!(dialler.handle_frame(start.clone(), Millis(0)), Ok(Event::Start(_))));
+        dialler.open_theirs(&start, ());
+    }
+    dialler.close_stream(2);
+    let (mut open, mut backoff, mut closed) = (active(), active(), active());
+    for session in [&mut open, &mut backoff, &mut dialler] {
+        assert!(session.open_ours(AppProto::GOSSIP, TenantId(0), Bytes::new(), Bytes::new(), ()).is_some());
+    }
+    backoff.back_off(1_000, Millis(0));
+    closed.close();
+    vec![
+        ("idle", idle),
+        ("handshake", acceptor()),
+        ("handshake of the dialler", dialling),
+        ("active", open),
+        ("active, dialled", dialler),
+        ("backoff", backoff),
+        ("closed", closed),
+    ]
+}
+
+/// What may be done in which state: protocols, flags, streams, and what comes of it. Nothing
+/// else may. ACK_REQ, APP_E2E and END are marked `+` where they make no difference.
+const ALLOWED: &[(&str, &[u16], &str, &[u64], &str)] = &[
+    ("handshake", &[0], "REQ", &[0, 1, 2, 3, 4, 5, 6], "hello"),
+    ("handshake of the dialler", &[0], "RESP+END", &[1], "welcomed"),
+    ("active", &[0], "REQ", &[0, 1, 2, 3, 4, 5, 6], "ping"),
+    ("active", &[1, 3, 4], "REQ|START+END+ACK_REQ+APP_E2E", &[5], "start"),
+    ("active", &[1], "REQ+ACK_REQ+APP_E2E", &[3], "request"),
+    ("active", &[1], "REQ|END+ACK_REQ+APP_E2E", &[3], "ended"),
+    ("active", &[1, 2, 3, 4, 5, 700, 0xffff], "REQ+END+ACK_REQ+APP_E2E", &[1], "nothing"),
+    ("active", &[3], "RESP+END+APP_E2E", &[2], "answer"),
+    ("active, dialled", &[0], "REQ", &[0, 1, 2, 3, 4, 5, 6], "ping"),
+    ("active, dialled", &[1, 3, 4], "REQ|START+END+ACK_REQ+APP_E2E", &[6], "start"),
+    ("active, dialled", &[1], "REQ+ACK_REQ+APP_E2E", &[4], "request"),
+    ("active, dialled", &[1], "REQ|END+ACK_REQ+APP_E2E", &[4], "ended"),
+    ("active, dialled", &[1, 2, 3, 4, 5, 700, 0xffff], "REQ+END+ACK_REQ+APP_E2E", &[2], "nothing"),
+    ("active, dialled", &[3], "RESP+END+APP_E2E", &[3], "answer"),
+];
+
+const NAMED: [(&str, Flags); 8] = [
+    ("REQ", Flags::REQ),
+    ("RESP", Flags::RESP),
+    ("EVENT", Flags::EVENT),
+    ("START", Flags::START),
+    ("END", Flags::END),
+    ("ACK_REQ", Flags::ACK_REQ),
+    ("COMP", Flags::COMP),
+    ("APP_E2E", Flags::APP_E2E),
+];
+
+fn fits(pattern: &str, flags: Flags) -> bool {
+    let named = |name: &str| NAMED.iter().find(|(known, _)| *known == name).unwrap().1;
+    let mut parts = pattern.split('+');
+    let must = parts.next().unwrap().split('|').map(named).fold(Flags::default(), |all, flag| all | flag);
+    let may = parts.map(named).fold(Flags::default(), |all, flag| all | flag);
+    flags.without(may.without(must)) == must
+}
+
+fn what(event: &Event) -> &'static str {
+    match event {
+        Event::Hello(..) => "hello",
+        Event::Welcomed(_) => "welcomed",
+        Event::Ping(_) => "ping",
+        Event::Start(_) => "start",
+        Event::Request(_) => "request",
+        Event::Ended(_) => "ended",
+        Event::Answer(_) => "answer",
+        Event::Nothing => "nothing",
+    }
+}
+
+/// F9: every protocol, flag and kind of stream in every state against the table above. F3: what
+/// is refused leaves the machine as it was, to the last field.
+#[test]
+fn f9_every_protocol_flag_and_state_against_the_table() {
+    let apps = [0, 1, 2, 3, 4, 5, 700, 0xffff];
+    let mut seen = std::collections::BTreeMap::<&str, u32>::new();
+    let sessions = in_every_state();
+    let states = sessions.iter().map(|(state, _)| *state);
+    let frames: Vec<_> =
+        states.flat_map(|state| (0..=0xff_u16).map(move |bits| (state, Flags::from_bits(bits)))).collect();
+    let streams = apps.iter().flat_map(|app| (0..=6_u64).map(move |corr_id| (*app, corr_id)));
+    for ((app, corr_id), (state, flags)) in streams.flat_map(|stream| frames.iter().map(move |frame| (stream, *frame)))
+    {
+        let (_, mut session) = sessions.iter().find(|(name, _)| *name == state).unwrap().clone();
+        let daemon = crate::control::DaemonHello { name: "a".into(), incarnation: Default::default() };
+        let payload = if state == "handshake of the dialler" {
+            json(&HelloReply::of(daemon, 32))
+        } else {
+            json(&Hello::default())
+        };
+        let frame = Frame { code: 200, payload, ..frame(flags, AppProto(app), corr_id) };
+        let before = format!("{session:?}");
+        let got = session.handle_frame(frame, Millis(0));
+        let table = if state == "backoff" { "active" } else { state };
+        let want = ALLOWED
+            .iter()
+            .find(|(name, apps, pattern, streams, _)| {
+                *name == table && apps.contains(&app) && streams.contains(&corr_id) && fits(pattern, flags)
+            })
+            .map(|(.., event)| *event);
+        assert_eq!(got.as_ref().ok().map(what), want, "{state}: {flags:?} of protocol {app} on {corr_id}");
+        if let Err(refusal) = got {
+            assert_eq!(refusal.status.code(), 400);
+            assert_eq!(format!("{session:?}"), before, "{state}: {flags:?} of protocol {app} on {corr_id}");
+        }
+        *seen.entry(want.unwrap_or("refused")).or_default() += 1;
+    }
+    assert_eq!(seen.len(), 9, "every outcome was there: {seen:?}");
+}
+
+/// F3: a START too many leaves the table as it was, and so does one that is too large for what
+/// it asks (`node`), which never gets there.
+#[test]
+fn f3_a_start_past_the_bound_makes_no_stream() {
+    let mut session = active();
+    for n in 2..=MAX_STREAMS as u64 {
+        let start = frame(Flags::REQ | Flags::START, AppProto::PUBSUB, 2 * n + 1);
+        assert!(session.handle_frame(start.clone(), Millis(0)).is_ok());
+        session.open_theirs(&start, ());
+    }
+    let before: Vec<u64> = session.streams().map(|(corr_id, _)| corr_id).collect();
+    for n in 0..1_000 {
+        let start = frame(Flags::REQ | Flags::START, AppProto::PUBSUB, 1_001 + 2 * n);
+        assert_eq!(session.handle_frame(start, Millis(0)).unwrap_err().status.code(), 429);
+    }
+    assert_eq!(
+        (before.len(), session.streams().map(|(corr_id, _)| corr_id).collect::<Vec<_>>()),
+        (MAX_STREAMS, before)
+    );
+}
+
+/// S6: numbers end at the end of u64, on either side, and none is used twice.
+#[test]
+fn s6_corr_id_never_wraps() {
+    for (role, last) in [(Role::Dialler, u64::MAX), (Role::Acceptor, u64::MAX - 1)] {
+        let (_, mut session) =
+            in_every_state().into_iter().find(|(name, s)| name.starts_with("active") && s.role == role).unwrap();
+        session.skip_to(last - 2);
+        let mut open = || session.open_ours(AppProto::GOSSIP, TenantId(0), Bytes::new(), Bytes::new(), ());
+        assert_eq!(
+            [open(), open(), open(), open()].map(|start| start.map(|s| s.corr_id)),
+            [Some(last - 2), Some(last), None, None]
+        );
+        if role == Role::Dialler {
+            assert_eq!(session.handle_timeout(Millis(5_000)), Ok(Tick::Spent), "no number is left for a ping");
+        }
+    }
+    let mut session = active();
+    let start = |corr_id| frame(Flags::REQ | Flags::START, AppProto::PUBSUB, corr_id);
+    assert!(matches!(session.handle_frame(start(u64::MAX), Millis(0)), Ok(Event::Start(_))));
+    session.open_theirs(&start(u64::MAX), ());
+    for corr_id in [u64::MAX, 1, 3, 5, u64::MAX - 2] {
+        assert_eq!(session.handle_frame(start(corr_id), Millis(0)).unwrap_err().status.code(), 400, "{corr_id}");
+    }
+    assert!(matches!(
+        session.handle_frame(frame(Flags::REQ, AppProto::PUBSUB, u64::MAX), Millis(0)),
+        Ok(Event::Request(_))
+    ));
+    assert!(session.handle_frame(frame(Flags::REQ, AppProto::CONTROL, 5), Millis(0)).is_ok(), "a ping still works");
+}
+
+/// S6: a number that was used and is over is not used again, and what comes late for it is
+/// dropped.
+#[test]
+fn s6_corr_id_is_not_reused() {
+    let mut session = active();
+    session.close_stream(3);
+    let start = frame(Flags::REQ | Flags::START, AppProto::PUBSUB, 3);
+    assert_eq!(session.handle_frame(start, Millis(0)).unwrap_err().status.code(), 400);
+    assert_eq!(session.handle_frame(frame(Flags::REQ, AppProto::PUBSUB, 3), Millis(0)), Ok(Event::Nothing));
+    assert_eq!(session.streams().count(), 0);
+}
+
+/// F4: a delay at its maximum overflows nothing, whenever it begins.
+#[test]
+fn f4_backoff_at_the_end_of_time() {
+    for (delay, now) in [(u64::MAX, 0), (u64::MAX, u64::MAX), (1, u64::MAX - 1)] {
+        let mut session = active();
+        session.back_off(delay, Millis(now));
+        assert_eq!(session.state(), State::Backoff);
+        for hour in [0, 3_600_000, u64::MAX] {
+            let _ = session.handle_timeout(Millis(now).after(hour));
+            let _ = session.poll_timeout();
+        }
+    }
 }

@@ -27,12 +27,14 @@ pub(super) struct Sim {
     clients: BTreeMap<End, Vec<Frame>>,
     stalled: BTreeSet<End>,
     black: BTreeSet<usize>,
+    /// Until when a session is not read.
+    paused: BTreeMap<End, Millis>,
     rejected: BTreeMap<(usize, Reason), u64>,
     /// Peers' tokens do not verify.
     pub(super) refuse_starts: bool,
 }
 
-fn identity(node: usize) -> SpiffeId {
+pub(super) fn identity(node: usize) -> SpiffeId {
     format!("spiffe://example.org/ns/a/overlaynode/mesh/pod/node-{node}").parse().unwrap()
 }
 
@@ -69,6 +71,7 @@ impl Sim {
             clients: BTreeMap::new(),
             stalled: BTreeSet::new(),
             black: BTreeSet::new(),
+            paused: BTreeMap::new(),
             rejected: BTreeMap::new(),
             refuse_starts: false,
         }
@@ -139,13 +142,19 @@ impl Sim {
 
     /// A client on the Unix socket, its HELLO answered.
     pub(super) fn client(&mut self, node: usize) -> SessionId {
+        self.client_as(node, Holder::Local, &Hello::default())
+    }
+
+    /// Whoever dials as `holder` and greets with `hello`: what it is sent is kept, and nothing
+    /// is done about it.
+    pub(super) fn client_as(&mut self, node: usize, holder: Holder, hello: &Hello) -> SessionId {
         let end = self.end(node);
         self.clients.insert(end, Vec::new());
         let handshake_ends = self.clock().now.after(3_000);
-        let opening = Opening { holder: Holder::Local, dialled: None, group: "none", handshake_ends };
+        let opening = Opening { holder, dialled: None, group: "none", handshake_ends };
         let now = self.clock().now;
         assert!(self.nodes[node].handle_open(end.session, opening, now));
-        let hello = Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), 1, json(&Hello::default()));
+        let hello = Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), 1, json(hello));
         self.client_sends(node, end.session, hello);
         end.session
     }
@@ -186,8 +195,30 @@ impl Sim {
         if frame.app == AppProto::PUBSUB {
             frame.corr_id = 3;
         }
+        self.client_says(node, client, frame, None);
+    }
+
+    /// A frame as its reader hands it on.
+    pub(super) fn client_says(&mut self, node: usize, client: SessionId, mut frame: Frame, grant: Option<Grant>) {
         let clock = self.clock();
-        self.nodes[node].handle_frame(client, frame, None, clock);
+        let node = &mut self.nodes[node];
+        match crate::compress::receive(&mut frame, node.is_greeted(client), crate::compress::MAX_RATIO) {
+            Ok(()) => node.handle_frame(client, frame, grant.map(Ok), clock),
+            Err(refusal) => node.handle_unread(client, frame, &refusal, clock),
+        }
+    }
+
+    /// Until when a session is not read.
+    pub(super) fn paused(&self, node: usize, session: SessionId) -> Option<Millis> {
+        self.paused.get(&End { node, session }).copied()
+    }
+
+    /// Ends every session, as a lost network does.
+    pub(super) fn close_all(&mut self) {
+        for node in 0..self.nodes.len() {
+            let sessions: Vec<SessionId> = self.nodes[node].sessions.keys().copied().collect();
+            sessions.into_iter().for_each(|session| self.close(End { node, session }));
+        }
     }
 
     pub(super) fn client_starts(&mut self, node: usize, client: SessionId, frame: Frame, grant: Option<Grant>) {
@@ -262,6 +293,7 @@ impl Sim {
             match output {
                 Output::Close(session) => self.close(End { node, session }),
                 Output::Rejected(reason) => *self.rejected.entry((node, reason)).or_default() += 1,
+                Output::Pause(session, until) => drop(self.paused.insert(End { node, session }, until)),
                 Output::Peer { .. } | Output::Opened(_) => {}
             }
         }

@@ -1,0 +1,196 @@
+//! Sessions over pipes in memory, with the hub that a daemon runs: what the reader inflates, and
+//! when it reads nothing.
+
+use overlay_core::config::{DaemonConfig, FORMAT, KeyExchange, PeersConfig, Profile};
+use overlay_core::control::{Hello, Incarnation, Open, json};
+use overlay_core::frame::AppProto;
+use overlay_core::identity::TenantId;
+use overlay_core::node::Node;
+use overlay_core::record::{Publish, Record};
+use tokio::io::DuplexStream;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::hub::{Heartbeat, Hub, Peers, QUEUE};
+use crate::kms::Keys;
+use crate::kms::authority::{Authority, LeafOptions, TokenRoot, Volume, local_claims};
+use crate::transport::TransportConfig;
+
+/// A daemon without listeners, and a token that it believes.
+struct Bench {
+    context: Context,
+    token: Bytes,
+    tasks: JoinSet<()>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let (clock, root) = (Clock::start(), TokenRoot::new());
+        let volume = Volume::new(&Volume::files(&Authority::new(), &root, LeafOptions::default()));
+        let (tls, token) = volume.config(KeyExchange::RequireHybrid);
+        let keys = Keys::load(&tls, &token, clock.unix_ms()).unwrap();
+        let any = "127.0.0.1:1".parse().unwrap();
+        let config = DaemonConfig::with_defaults(Profile::Micronode, any, any, tls, token, "s".into());
+        let peers = PeersConfig { format: FORMAT, name: "mesh-0".into(), peers: Vec::new() };
+        let identity = keys.current().identity().clone();
+        let node = Node::new(config.clone(), &peers, identity, Incarnation(7), clock.now());
+        let metrics = Arc::new(Metrics::new(true, "").unwrap());
+        let ((hub, inputs), (sender, sent)) = (mpsc::channel(QUEUE), mpsc::channel(QUEUE));
+        let heartbeat = watch::channel(Heartbeat::default()).0;
+        let timing = Timing::from(TransportConfig::from(&config.overlay));
+        let context = Context::new(hub, sender, keys.verifier(), timing, clock, Arc::clone(&metrics));
+        let hub = Hub { node, clock, metrics, peers: Peers::default(), inputs, sent, heartbeat };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(hub.run(CancellationToken::new()));
+        let mut claims = local_claims();
+        claims["exp"] = 4_000_000_000_u64.into();
+        claims["nbf"] = 0.into();
+        Self { context, token: root.mint(&claims).into(), tasks }
+    }
+
+    fn connect(&mut self) -> Client {
+        let (ours, theirs) = tokio::io::duplex(64 * 1024);
+        let context = self.context.clone();
+        self.tasks.spawn(async move {
+            let handshake_ends = context.clock.now().after(3_000);
+            let opening = Opening { holder: Holder::Local, dialled: None, group: "none", handshake_ends };
+            context.run(theirs, opening, None, None).await;
+        });
+        Client { stream: ours, inbox: BytesMut::new() }
+    }
+}
+
+struct Client {
+    stream: DuplexStream,
+    inbox: BytesMut,
+}
+
+impl Client {
+    async fn send(&mut self, frame: &Frame) -> bool {
+        self.stream.write_all(&codec::encoded(frame).unwrap()).await.is_ok()
+    }
+
+    /// The next frame, or nothing once the daemon has closed.
+    async fn receive(&mut self) -> Option<Frame> {
+        loop {
+            if let Some(frame) = codec::decode(&mut self.inbox).unwrap() {
+                return Some(frame);
+            }
+            if !matches!(self.stream.read_buf(&mut self.inbox).await, Ok(1..)) {
+                return None;
+            }
+        }
+    }
+
+    async fn ask(&mut self, frame: &Frame) -> u16 {
+        self.send(frame).await;
+        self.receive().await.map_or(0, |answer| answer.code)
+    }
+}
+
+fn frame(flags: Flags, app: AppProto, corr_id: u64, payload: Bytes) -> Frame {
+    Frame::new(Flags::REQ | flags, app, TenantId(0), corr_id, payload)
+}
+
+fn hello() -> Frame {
+    frame(Flags::default(), AppProto::CONTROL, 1, json(&Hello::default()))
+}
+
+fn compressed(payload: &[u8]) -> Bytes {
+    let mut out = Vec::with_capacity(zstd_safe::compress_bound(payload.len()));
+    zstd_safe::compress(&mut out, payload, 3).unwrap();
+    out.into()
+}
+
+/// COMP from the byte that is read to the subscriber that gets it, and a frame that HELLO's
+/// answer allowed is never too early for the gate.
+#[tokio::test(start_paused = true)]
+async fn compressed_requests_are_inflated_by_the_reader() {
+    let mut bench = Bench::new();
+    let topic: overlay_core::identity::Topic = "news".parse().unwrap();
+    let start = |corr_id, open: &Open| {
+        let start = frame(Flags::START | Flags::COMP, AppProto::PUBSUB, corr_id, compressed(&json(open)));
+        Frame { cap: bench.token.clone(), ..start }
+    };
+    let starts = [start(3, &Open::Subscribe { topics: vec![topic.clone()] }), start(5, &Open::Publish { topic })];
+    for n in 0..50 {
+        let mut client = bench.connect();
+        assert_eq!(client.ask(&hello()).await, 200);
+        assert_eq!(client.ask(&starts[0]).await, 200, "session {n}");
+        assert_eq!(client.ask(&starts[1]).await, 200, "session {n}");
+        let text = Bytes::from("a text that repeats ".repeat(4));
+        let message = compressed(&Publish::Message(text.clone()).encode());
+        client.send(&frame(Flags::COMP, AppProto::PUBSUB, 5, message)).await;
+        let mut got = [client.receive().await.unwrap(), client.receive().await.unwrap()];
+        got.sort_by_key(|frame| frame.corr_id);
+        assert!(
+            matches!(Record::decode(got[0].payload.clone()), Some(Record::Message { payload, .. }) if payload == text)
+        );
+        assert_eq!(got[1].code, 200);
+        let bomb = compressed(&vec![0; 65_537]);
+        assert_eq!(client.ask(&frame(Flags::COMP, AppProto::PUBSUB, 5, bomb)).await, 413);
+        let broken = Bytes::from_static(b"\x28\xb5\x2f\xfd");
+        assert_eq!(client.ask(&frame(Flags::COMP, AppProto::PUBSUB, 5, broken)).await, 400);
+        assert_eq!(client.ask(&frame(Flags::default(), AppProto::CONTROL, 7, Bytes::new())).await, 200, "it goes on");
+    }
+}
+
+/// Z4: before HELLO is answered a compressed frame is refused, and the connection closes.
+#[tokio::test(start_paused = true)]
+async fn z4_comp_before_hello_closes_the_connection() {
+    let mut bench = Bench::new();
+    for early in [
+        Frame { flags: Flags::REQ | Flags::COMP, payload: compressed(&hello().payload), ..hello() },
+        frame(Flags::COMP, AppProto::PUBSUB, 3, compressed(b"early")),
+    ] {
+        let mut client = bench.connect();
+        assert_eq!(client.ask(&early).await, 400);
+        assert_eq!(client.receive().await, None);
+    }
+}
+
+/// F6: a flood of empty frames is read ever more slowly, then answered by 429 and closed, while
+/// another client's requests are answered.
+#[tokio::test(start_paused = true)]
+async fn f6_a_flood_is_not_read_then_closed() {
+    let mut bench = Bench::new();
+    let (mut flood, mut honest) = (bench.connect(), bench.connect());
+    assert_eq!((flood.ask(&hello()).await, honest.ask(&hello()).await), (200, 200));
+    let empty = codec::encoded(&frame(Flags::default(), AppProto::PUBSUB, 9, Bytes::new())).unwrap();
+    let (mut read, mut write) = tokio::io::split(flood.stream);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut sent = 0_u64;
+        while sent < 10_000_000 && write.write_all(&empty).await.is_ok() {
+            sent += 1;
+        }
+        sent
+    });
+    let mut answers = JoinSet::new();
+    answers.spawn(async move {
+        let (mut inbox, mut last) = (BytesMut::new(), 0);
+        while matches!(read.read_buf(&mut inbox).await, Ok(1..)) {
+            while let Some(frame) = codec::decode(&mut inbox).unwrap() {
+                last = frame.code;
+            }
+        }
+        last
+    });
+    let mut answered = 0;
+    let last = loop {
+        if let Some(last) = answers.try_join_next() {
+            break last.unwrap();
+        }
+        assert_eq!(honest.ask(&frame(Flags::default(), AppProto::CONTROL, 3, Bytes::new())).await, 200);
+        answered += 1;
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await; // virtual, as all time here
+    };
+    assert_eq!(last, 429);
+    let sent = tasks.join_next().await.unwrap().unwrap();
+    // The burst; at each pause what was saved up since the last and what waited for the hub by
+    // then; and what pipe and buffer held.
+    let (a_pause, held) = (100 + QUEUE as u64, 2 * 64 * 1024 / 38);
+    assert!(sent <= 4_000 + 102 * a_pause + held, "{sent} frames were taken");
+    assert!((95..130).contains(&answered), "after ten seconds: {answered}");
+}

@@ -50,6 +50,29 @@ pub struct Claims {
     pub exp: u64,
 }
 
+/// The public key that a token was signed with: Ed25519, 32 bytes. Not the `kid`, which is a
+/// name: another key may come to bear it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TokenKey(pub [u8; 32]);
+
+/// Which key a signature was verified with, and in which set of keys it stood.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SignedBy {
+    /// The key.
+    pub key: TokenKey,
+    /// The set's number: each set has a higher one than the set that it replaced.
+    pub generation: u64,
+}
+
+/// For how long a stream may stay open by the token that it was opened with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// It ends then, milliseconds since 1970.
+    pub until_ms: u64,
+    /// It ends when this key is believed no longer.
+    pub signed_by: SignedBy,
+}
+
 /// Who presents a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Holder {
@@ -61,14 +84,23 @@ pub enum Holder {
 
 /// A token whose signature held, ready to be asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Grant(Claims);
+pub struct Grant {
+    claims: Claims,
+    signed_by: SignedBy,
+}
 
 impl Grant {
     /// Checks what does not depend on the request: bounds, audience, holder, time.
     ///
     /// # Errors
     /// 401 with the first rule that fails.
-    pub fn new(claims: Claims, audience: &SpiffeId, holder: &Holder, unix_ms: u64) -> Result<Self, Refusal> {
+    pub fn new(
+        claims: Claims,
+        signed_by: SignedBy,
+        audience: &SpiffeId,
+        holder: &Holder,
+        unix_ms: u64,
+    ) -> Result<Self, Refusal> {
         let no = |message| Err(Refusal::new(Status::Unauthorized, message));
         if claims.tenants.len() > MAX_LIST || claims.topics.len() > MAX_LIST {
             return no("the token lists too much");
@@ -83,7 +115,7 @@ impl Grant {
         if !held {
             return no("the token belongs to another holder");
         }
-        let grant = Self(claims);
+        let grant = Self { claims, signed_by };
         grant.check_time(unix_ms)?;
         Ok(grant)
     }
@@ -93,13 +125,19 @@ impl Grant {
     /// # Errors
     /// 401 before `nbf` and from `exp` on.
     pub fn check_time(&self, unix_ms: u64) -> Result<(), Refusal> {
-        if unix_ms.saturating_add(CLOCK_SKEW_MS) < self.0.nbf.saturating_mul(1000) {
+        if unix_ms.saturating_add(CLOCK_SKEW_MS) < self.claims.nbf.saturating_mul(1000) {
             return Err(Refusal::new(Status::Unauthorized, "the token is not valid yet"));
         }
-        if unix_ms >= self.0.exp.saturating_mul(1000) {
+        if unix_ms >= self.claims.exp.saturating_mul(1000) {
             return Err(Refusal::new(Status::Unauthorized, "the token has expired"));
         }
         Ok(())
+    }
+
+    /// For how long a stream that it opens may stay open.
+    #[must_use]
+    pub fn lease(&self) -> Lease {
+        Lease { until_ms: self.claims.exp.saturating_mul(1000), signed_by: self.signed_by }
     }
 
     /// Whether it allows `action` for `tenant`, and on `topic` where there is one.
@@ -108,13 +146,13 @@ impl Grant {
     /// 403 with the first rule that fails.
     pub fn permit(&self, action: Action, tenant: TenantId, topic: Option<&Topic>) -> Result<(), Refusal> {
         let no = |message| Err(Refusal::new(Status::Forbidden, message));
-        if !self.0.tenants.contains(&tenant) {
+        if !self.claims.tenants.contains(&tenant) {
             return no("the token is for another tenant");
         }
-        if !self.0.actions.contains(&action) {
+        if !self.claims.actions.contains(&action) {
             return no("the token does not allow this action");
         }
-        if topic.is_some_and(|topic| !self.0.topics.iter().any(|pattern| matches(pattern, topic))) {
+        if topic.is_some_and(|topic| !self.claims.topics.iter().any(|pattern| matches(pattern, topic))) {
             return no("the token does not allow this topic");
         }
         Ok(())
@@ -133,6 +171,10 @@ mod tests {
     use super::*;
 
     const NODE: &str = "spiffe://example.org/ns/a/overlaynode/mesh";
+
+    fn signed_by() -> SignedBy {
+        SignedBy { key: TokenKey([1; 32]), generation: 0 }
+    }
 
     fn claims() -> Claims {
         Claims {
@@ -160,7 +202,7 @@ mod tests {
                    topic: &str,
                    action: Action| {
             let topic = topic.parse().unwrap();
-            Grant::new(claims, audience, holder, at)
+            Grant::new(claims, signed_by(), audience, holder, at)
                 .and_then(|g| g.permit(action, TenantId(tenant), Some(&topic)))
                 .map_err(|r| r.status.code())
         };

@@ -2,13 +2,16 @@
 //! and when to look again. The shell feeds it frames and the time, and moves what it gives.
 //!
 //! Reading order: `entry` (one session's place here), `peers` (who is a peer, links), `streams`
-//! (what a START opens), `pubsub` (publish, subscribe, delivery), `report` (its state).
+//! (what a START opens), `tokens` (when it ends by its token), `renewal` (how it goes on by
+//! another), `pubsub` (publish, subscribe, delivery), `report` (its state).
 
 mod entry;
 mod peers;
 mod pubsub;
+mod renewal;
 mod report;
 mod streams;
+mod tokens;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -29,6 +32,7 @@ use crate::status::{Reason, Refusal, Status};
 
 use entry::{Entry, Kind, Party, Wire};
 use pubsub::Subscriptions;
+use tokens::{Believed, Leases};
 
 /// A session, for as long as the process lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -89,6 +93,10 @@ pub struct Node {
     hello: DaemonHello,
     /// What START frames to peers carry.
     token: Bytes,
+    /// Which of them it is: each replaces the one before.
+    token_generation: u64,
+    believed: Believed,
+    leases: Leases,
     sessions: BTreeMap<SessionId, Entry>,
     links: BTreeMap<LinkId, SessionId>,
     /// Sessions whose peer is no longer configured, and until when they may go on.
@@ -128,6 +136,9 @@ impl Node {
             places: Places::new(&peers.peers),
             identity,
             token: Bytes::new(),
+            token_generation: 0,
+            believed: Believed::default(),
+            leases: Leases::default(),
             sessions: BTreeMap::new(),
             links: BTreeMap::new(),
             leaving: BTreeMap::new(),
@@ -140,11 +151,6 @@ impl Node {
             outputs: VecDeque::new(),
             housekeeping_at: now.after(HOUSEKEEPING_MS),
         }
-    }
-
-    /// From now on, STARTs to peers carry this token.
-    pub fn handle_token(&mut self, token: Bytes) {
-        self.token = token;
     }
 
     /// Other limits and caps from now on; only what [`DaemonConfig::with_live`] takes from
@@ -207,6 +213,7 @@ impl Node {
         }
         self.leaving.remove(&id);
         self.subscriptions.remove_session(id, &entry);
+        self.leases.remove_session(id);
         entry.session.close();
         self.quota.leave(entry.quota.inflight());
         self.unlink(id, &entry);
@@ -322,7 +329,9 @@ impl Node {
             self.housekeeping_at = now.after(HOUSEKEEPING_MS);
             self.refuse_stalled_uploads(now);
             self.close_leaving(now);
+            self.renew_again(now);
         }
+        self.end_expired(clock);
         let mut wire = Wire::new(&mut self.sessions, &self.links, &mut self.sendable);
         self.engine.handle_timeout(now, &mut wire);
     }
@@ -346,7 +355,8 @@ impl Node {
     /// When [`Self::handle_timeout`] has something to do next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Millis> {
-        [self.deadlines.first().map(|(at, _)| *at), self.engine.poll_timeout(), Some(self.housekeeping_at)]
+        let deadline = self.deadlines.first().map(|(at, _)| *at);
+        [deadline, self.leases.poll_timeout(), self.engine.poll_timeout(), Some(self.housekeeping_at)]
             .into_iter()
             .flatten()
             .min()

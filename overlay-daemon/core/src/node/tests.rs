@@ -1,6 +1,7 @@
 //! Whole daemons joined in virtual time: every frame takes a millisecond, nothing is real.
 
 mod sim;
+mod tokens;
 
 use sim::{Sim, TOPIC};
 

@@ -125,7 +125,9 @@ async fn start(files: Files, config: DaemonConfig, peers: PeersConfig, level: Le
     let incarnation = incarnation()?;
     let identity = keys.current().identity().clone();
     let mut node = Node::new(config.clone(), &peers, identity.clone(), incarnation, clock.now());
-    node.handle_token(keys.current().peer_token());
+    let first = keys.current();
+    node.handle_keys(first.generation(), first.token_keys());
+    node.handle_token(first.peer_token());
 
     let (hub, inputs) = mpsc::channel(QUEUE);
     let (sender, sent) = mpsc::channel(QUEUE);
@@ -171,7 +173,7 @@ async fn start(files: Files, config: DaemonConfig, peers: PeersConfig, level: Le
         }
         .run(),
     );
-    helping.spawn(hand_on_tokens(Arc::clone(&keys), hub.clone()));
+    helping.spawn(hand_on_keys(Arc::clone(&keys), hub.clone()));
     let (watched, reload_metrics, reload_stop) = (Arc::clone(&keys), Arc::clone(&metrics), stop.all.clone());
     helping.spawn(async move { watched.watch(reload_metrics, clock, reload_stop).await });
     let mut accepting = JoinSet::new();
@@ -237,12 +239,12 @@ impl Daemon {
     }
 }
 
-/// Gives the hub each new token for peers.
-async fn hand_on_tokens(keys: Arc<Keys>, hub: mpsc::Sender<Input>) {
+/// Gives the hub each new set of token keys, and the token for peers.
+async fn hand_on_keys(keys: Arc<Keys>, hub: mpsc::Sender<Input>) {
     let mut changes = keys.subscribe();
     while changes.changed().await.is_ok() {
-        let token = changes.borrow_and_update().peer_token();
-        if hub.send(Input::Token(token)).await.is_err() {
+        let set = Arc::clone(&changes.borrow_and_update());
+        if hub.send(Input::Keys(set.generation(), set.token_keys(), set.peer_token())).await.is_err() {
             return;
         }
     }

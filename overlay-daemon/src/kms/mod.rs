@@ -3,6 +3,7 @@
 //! rustls's, jsonwebtoken's and aws-lc's. Who may peer, and what a token allows, is decided
 //! by its callers and the core.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use overlay_core::config;
 use overlay_core::frame::MAX_CAP;
+use overlay_core::grant::TokenKey;
 use overlay_core::identity::SpiffeId;
 use rustls::{ClientConfig, ServerConfig};
 use zeroize::Zeroizing;
@@ -224,6 +226,12 @@ impl KeySet {
     #[must_use]
     pub fn peer_token(&self) -> Bytes {
         Bytes::copy_from_slice(&self.peer_token)
+    }
+
+    /// The keys whose tokens are believed.
+    #[must_use]
+    pub fn token_keys(&self) -> BTreeSet<TokenKey> {
+        self.token_keys.all()
     }
 
     /// Which set it is: each one that replaces another has a higher number.

@@ -3,10 +3,11 @@
 //! [`run`] puts it together. A connection meets [`transport`] and [`kms`] when it is accepted
 //! ([`accept`]) or dialled ([`dial`]), then its own [`session`], whose frames go to the one
 //! [`hub`]. [`readiness`], [`metrics`] and [`admin`] tell of it. [`check`] reads configuration
-//! without starting anything; [`client`] is the other end.
+//! and [`inspect`] a token without starting anything; [`client`] is the other end.
 
 pub mod check;
 pub mod clock;
+pub mod inspect;
 pub mod logging;
 
 pub mod kms;

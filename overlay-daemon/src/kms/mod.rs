@@ -270,6 +270,16 @@ pub fn read_token(field: &'static str, path: &Path) -> Result<Bytes, KmsError> {
     Ok(Bytes::copy_from_slice(&token))
 }
 
+/// Whether a key of the set at `path` signed `token`; else why it is not believed.
+///
+/// # Errors
+/// The set cannot be read or used.
+pub fn verify_signature(path: &Path, token: &[u8]) -> Result<Result<(), &'static str>, KmsError> {
+    let source = Source { field: "token.keys", path };
+    let keys = TokenKeys::parse(&source.read()?).map_err(|message| source.invalid(message))?;
+    Ok(keys.claims(token).map(|_| ()).map_err(|refusal| refusal.message))
+}
+
 /// A token's text, as far as who merely presents it can judge.
 fn parse_token(bytes: &[u8]) -> Result<Zeroizing<Vec<u8>>, String> {
     let text = bytes.trim_ascii();

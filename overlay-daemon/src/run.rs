@@ -154,7 +154,15 @@ async fn start(files: Files, config: DaemonConfig, peers: PeersConfig, level: Le
         Hub { node, clock, metrics: Arc::clone(&metrics), peers: reloader.peers(), inputs, sent, heartbeat: beats };
     serving.spawn(hub_task.run(stop.all.clone()));
     let mut helping = JoinSet::new();
-    helping.spawn(reloader.run());
+    let (asked, is_asked) = watch::channel(0);
+    let mut hangups = signal(SignalKind::hangup()).context("cannot listen for signals")?;
+    helping.spawn(async move {
+        while hangups.recv().await.is_some() {
+            tracing::info!("SIGHUP: looking at configuration, peers and keys");
+            asked.send_modify(|times| *times += 1);
+        }
+    });
+    helping.spawn(reloader.run(is_asked.clone()));
     let shown = Admin { metrics: Arc::clone(&metrics), report: reported, running: running_now, clock };
     let ended = stop.all.clone();
     serving.spawn(async move {
@@ -175,7 +183,7 @@ async fn start(files: Files, config: DaemonConfig, peers: PeersConfig, level: Le
     );
     helping.spawn(hand_on_keys(Arc::clone(&keys), hub.clone()));
     let (watched, reload_metrics, reload_stop) = (Arc::clone(&keys), Arc::clone(&metrics), stop.all.clone());
-    helping.spawn(async move { watched.watch(reload_metrics, clock, reload_stop).await });
+    helping.spawn(async move { watched.watch(reload_metrics, clock, is_asked, reload_stop).await });
     let mut accepting = JoinSet::new();
     accepting.spawn(accept::tls(listener, keys, context.clone(), stop.clone()));
     accepting.spawn(accept::local(local, context, stop.clone()));

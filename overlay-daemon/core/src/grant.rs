@@ -188,9 +188,48 @@ mod tests {
         }
     }
 
+    /// K1: expiry and not-before, a second and a millisecond to either side, and a daemon whose
+    /// clock is five minutes off: only `nbf` is given the skew, a token never outlives `exp`.
+    #[test]
+    fn k1_the_time_is_kept_to_the_millisecond() {
+        const MINUTES_5: i64 = 300_000;
+        let (nbf, exp) = (100_000_i64, 200_000_i64);
+        let skew = i64::try_from(CLOCK_SKEW_MS).unwrap();
+        let grant = Grant::new(claims(), signed_by(), &NODE.parse().unwrap(), &Holder::Local, 150_000).unwrap();
+        for (at, good) in [
+            (nbf - skew - 1_000, false),
+            (nbf - skew - 1, false),
+            (nbf - skew, true),
+            (nbf - 1_000, true),
+            (nbf, true),
+            (nbf + 1_000, true),
+            (exp - 1_000, true),
+            (exp - 1, true),
+            (exp, false),
+            (exp + 1, false),
+            (exp + 1_000, false),
+            (exp + skew, false),
+            // A fresh token at a clock that is behind, an old one at a clock that is behind or
+            // ahead.
+            (nbf - MINUTES_5.min(nbf), false),
+            (exp + MINUTES_5, false),
+            (i64::MAX, false),
+        ] {
+            let at = u64::try_from(at).unwrap();
+            assert_eq!(grant.check_time(at).is_ok(), good, "{at}");
+            let made = Grant::new(claims(), signed_by(), &NODE.parse().unwrap(), &Holder::Local, at);
+            assert_eq!(made.is_ok(), good, "{at}");
+        }
+        let forever = Claims { nbf: 0, exp: u64::MAX, ..claims() };
+        let grant = Grant::new(forever, signed_by(), &NODE.parse().unwrap(), &Holder::Local, 0).unwrap();
+        assert_eq!(grant.lease().until_ms, u64::MAX, "and nothing overflows");
+        let never = Claims { nbf: u64::MAX, exp: u64::MAX, ..claims() };
+        assert!(Grant::new(never, signed_by(), &NODE.parse().unwrap(), &Holder::Local, u64::MAX - 5_001).is_err());
+    }
+
     /// P-4, K2, K5: one claim off at a time, and the code that answers it.
     #[test]
-    fn one_claim_off_refuses() {
+    fn k2_k5_one_claim_off_refuses() {
         let pod = Holder::Certificate(format!("{NODE}/pod/mesh-0").parse().unwrap());
         let node: SpiffeId = NODE.parse().unwrap();
         let other: SpiffeId = "spiffe://example.org/ns/a/overlaynode/other".parse().unwrap();

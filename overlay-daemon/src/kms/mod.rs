@@ -15,6 +15,7 @@ use overlay_core::config;
 use overlay_core::frame::MAX_CAP;
 use overlay_core::grant::TokenKey;
 use overlay_core::identity::SpiffeId;
+use rustls::pki_types::CertificateDer;
 use rustls::{ClientConfig, ServerConfig};
 use zeroize::Zeroizing;
 
@@ -163,6 +164,9 @@ pub struct KeySet {
     audience: SpiffeId,
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
+    authorities: tls::Authorities,
+    /// Tells one bundle of authorities from another.
+    bundle: blake3::Hash,
     token_keys: TokenKeys,
     peer_token: Zeroizing<Vec<u8>>,
     generation: u64,
@@ -185,8 +189,10 @@ impl KeySet {
         match (tls, keys, token) {
             (Ok(tls), Ok(token_keys), Ok(peer_token)) => {
                 let (server, client) = tls.configs().map_err(|e| vec![sources.certificate.invalid(e)])?;
-                let audience = tls.leaf.identity.without_pod();
-                Ok(Self { leaf: tls.leaf, audience, server, client, token_keys, peer_token, generation })
+                let authorities = tls.authorities().map_err(|e| vec![sources.ca.invalid(e)])?;
+                let (audience, bundle) = (tls.leaf.identity.without_pod(), blake3::hash(&ca));
+                let leaf = tls.leaf;
+                Ok(Self { leaf, audience, server, client, authorities, bundle, token_keys, peer_token, generation })
             }
             (tls, keys, token) => Err([tls.err(), keys.err(), token.err()].into_iter().flatten().flatten().collect()),
         }
@@ -220,6 +226,19 @@ impl KeySet {
     #[must_use]
     pub fn client(&self) -> &Arc<ClientConfig> {
         &self.client
+    }
+
+    /// Whether a chain that a handshake took still leads to an authority of the bundle at
+    /// `unix_ms`. `server` says that it is that of whoever was dialled.
+    #[must_use]
+    pub fn vouches_for(&self, chain: &[CertificateDer<'_>], server: bool, unix_ms: u64) -> bool {
+        self.authorities.vouch(chain, server, unix_ms)
+    }
+
+    /// Which bundle of authorities it has.
+    #[must_use]
+    pub fn bundle(&self) -> blake3::Hash {
+        self.bundle
     }
 
     /// The token to present to peers.

@@ -95,8 +95,14 @@ impl Keys {
         Verifier::new(self.subscribe())
     }
 
-    /// Looks at the files every [`POLL_INTERVAL`], until cancelled.
-    pub async fn watch(self: Arc<Self>, metrics: Arc<Metrics>, clock: Clock, cancel: CancellationToken) {
+    /// Looks at the files every [`POLL_INTERVAL`], and whenever `asked` to, until cancelled.
+    pub async fn watch(
+        self: Arc<Self>,
+        metrics: Arc<Metrics>,
+        clock: Clock,
+        mut asked: watch::Receiver<u64>,
+        cancel: CancellationToken,
+    ) {
         metrics.certificate_expiry(self.current().not_after_ms());
         let mut tick = tokio::time::interval(POLL_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -106,6 +112,8 @@ impl Keys {
             tokio::select! {
                 () = cancel.cancelled() => return,
                 _ = tick.tick() => {}
+                // Who asks wants to hear what is wrong, though it was said before.
+                Ok(()) = asked.changed() => self.forget_refusal(),
             }
             let keys = Arc::clone(&self);
             let Ok(outcome) = tokio::task::spawn_blocking(move || keys.reload(clock.unix_ms())).await else { continue };
@@ -124,6 +132,10 @@ impl Keys {
                 Reload::StillRefused => metrics.key_reload(false),
             }
         }
+    }
+
+    fn forget_refusal(&self) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).refused = None;
     }
 
     /// Looks at the files once. Blocks on them.

@@ -154,6 +154,12 @@ impl Verifier {
         Self { keys, cache: Arc::new(Mutex::new(cache)) }
     }
 
+    /// The keys that it follows.
+    #[must_use]
+    pub fn keys(&self) -> watch::Receiver<Arc<KeySet>> {
+        self.keys.clone()
+    }
+
     /// What `cap` grants to `holder` at `unix_ms`, milliseconds since 1970.
     ///
     /// # Errors

@@ -97,7 +97,8 @@ impl Dialler {
     /// A connection, and the keys that it was made with.
     async fn connect(&self) -> Result<(Connection, Arc<KeySet>), PeerError> {
         let keys = self.keys.current();
-        let connection = dial(&self.peer.address, keys.client(), &self.context.timing.now(), self.context.clock).await?;
+        let connection =
+            dial(&self.peer.address, keys.client(), &self.context.timing.now(), self.context.clock).await?;
         self.context.metrics.key_exchange(connection.group);
         if !self.peer.identity.covers(&connection.peer) {
             self.context.metrics.rejected(Reason::Auth).inc();

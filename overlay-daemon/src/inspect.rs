@@ -127,7 +127,8 @@ fn parse(token: &[u8]) -> Result<(Header, Claims), String> {
 
 /// A part of a token. What the parser says of it may quote a value, which is shown anyway.
 fn member<T: for<'a> Deserialize<'a>>(what: &str, part: &[u8]) -> Result<T, String> {
-    let json = URL_SAFE_NO_PAD.decode(part).map_err(|_| format!("the token's {what} are not base64url without padding"));
+    let json =
+        URL_SAFE_NO_PAD.decode(part).map_err(|_| format!("the token's {what} are not base64url without padding"));
     serde_json::from_slice(&json?).map_err(|error| {
         let said: String = error.to_string().chars().filter(|c| !c.is_control()).collect();
         format!("the token's {what} are not what a daemon takes: {said}")
@@ -162,7 +163,10 @@ fn show(header: &Header, claims: &Claims, signature: Option<&Result<(), &'static
         Some(Err(why)) => format!("NOT VALID: {why}"),
     };
     let rows = [
-        ("header", format!("alg {}, typ {}", printable(&header.alg), printable(header.typ.as_deref().unwrap_or("none")))),
+        (
+            "header",
+            format!("alg {}, typ {}", printable(&header.alg), printable(header.typ.as_deref().unwrap_or("none"))),
+        ),
         ("key", printable(header.kid.as_deref().unwrap_or("none: no daemon takes it"))),
         ("signature", signature),
         ("audience", claims.aud.to_string()),
@@ -225,7 +229,9 @@ mod tests {
         ] {
             let (done, shown) = inspected(format!("{token}\n").as_bytes(), keys.as_deref());
             assert_eq!(done, Ok(good), "{shown}");
-            for part in [word, NODE, "publish, subscribe, admin", "local: whoever", "topics     *", "1h0m left", &root.kid] {
+            for part in
+                [word, NODE, "publish, subscribe, admin", "local: whoever", "topics     *", "1h0m left", &root.kid]
+            {
                 assert!(shown.contains(part), "{part}: {shown}");
             }
             assert!(shown.contains("valid from 2026-09-21T"), "{shown}");

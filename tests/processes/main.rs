@@ -4,3 +4,4 @@
 mod local;
 mod reload;
 mod sessions;
+mod tokens;

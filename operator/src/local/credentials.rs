@@ -11,9 +11,7 @@ use super::plan::Daemon;
 use super::runtime_dir::{RuntimeDir, RuntimeDirError, replace_private, write_private};
 use crate::api::OverlayNode;
 use crate::build::{PEER_TOKEN, TLS_CA, TLS_CERTIFICATE, TLS_KEY, TOKEN_KEYS, names};
-use crate::trust::{
-    Ca, Leaf, TOKEN_LIFETIME, TokenRoot, TrustError, Zeroizing, local_claims, peer_claims, renew_at,
-};
+use crate::trust::{Ca, Leaf, TOKEN_LIFETIME, TokenRoot, TrustError, Zeroizing, local_claims, peer_claims, renew_at};
 
 /// Certificates outlive any run, and become worthless with it: what signed them is gone. So
 /// nothing renews them.

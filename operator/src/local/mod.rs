@@ -198,10 +198,8 @@ fn token_root_in(root: &Path, node: &OverlayNode) -> Result<(TokenRoot, SpiffeId
         Err(error) if error.kind() == io::ErrorKind::NotFound => Err(not_running()),
         Err(error) => Err(LocalTokenError::Damaged { path: path.to_owned(), message: error.to_string() }),
     };
-    let damaged = |path: &Path, error: TrustError| LocalTokenError::Damaged {
-        path: path.to_owned(),
-        message: error.to_string(),
-    };
+    let damaged =
+        |path: &Path, error: TrustError| LocalTokenError::Damaged { path: path.to_owned(), message: error.to_string() };
     let tokens = TokenRoot::from_pem(&read(&path)?).map_err(|error| damaged(&path, error))?;
     // The run knows its trust domain; a token of its own says it.
     let standing = RuntimeDir::folder(root, namespace, &names::daemon(node, 0)).join(SOCKET_TOKEN);

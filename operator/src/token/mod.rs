@@ -194,11 +194,11 @@ async fn create(args: &CreateArgs) -> Result<(), TokenError> {
 }
 
 fn manifest(args: &CreateArgs) -> Result<OverlayNode, TokenError> {
-    let shown = if args.file.as_os_str() == "-" { "standard input".to_owned() } else { args.file.display().to_string() };
+    let shown =
+        if args.file.as_os_str() == "-" { "standard input".to_owned() } else { args.file.display().to_string() };
     let text = read(&args.file).map_err(|error| TokenError::File(format!("{shown}: {error}")))?;
-    let admitted = admit::documents(&text, &shown).map_err(|errors| {
-        TokenError::File(errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
-    })?;
+    let admitted = admit::documents(&text, &shown)
+        .map_err(|errors| TokenError::File(errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")))?;
     choose(admitted, args.name.as_deref()).map_err(|message| match args.name {
         None => TokenError::File(format!("{shown}: {message}")),
         Some(_) => option("--name", message),
@@ -245,11 +245,7 @@ fn holder(args: &CreateArgs, node: &OverlayNode) -> Result<Holder, TokenError> {
     }
 }
 
-fn client_id(
-    trust_domain: &str,
-    namespace: &str,
-    name: &str,
-) -> Result<SpiffeId, overlay_core::identity::NameError> {
+fn client_id(trust_domain: &str, namespace: &str, name: &str) -> Result<SpiffeId, overlay_core::identity::NameError> {
     format!("spiffe://{trust_domain}/ns/{namespace}/client/{name}").parse()
 }
 
@@ -259,7 +255,8 @@ fn check(args: &CreateArgs, node: &OverlayNode, holder: &Holder) -> Result<(), T
         let name = topic.strip_suffix('*').unwrap_or(topic);
         let is_pattern = topic.ends_with('*') && (name.is_empty() || name.parse::<Topic>().is_ok());
         if !is_pattern && topic.parse::<Topic>().is_err() {
-            let message = "must be a topic of 1 to 255 bytes without control characters, or a prefix of one followed by *";
+            let message =
+                "must be a topic of 1 to 255 bytes without control characters, or a prefix of one followed by *";
             return Err(option("--topics", format!("{topic:?}: {message}")));
         }
     }
@@ -322,7 +319,8 @@ async fn cluster_root(namespace: &str) -> Result<TokenRoot, TokenError> {
     let client = Client::try_default().await.map_err(|error| wrong(format!("no cluster to ask: {error}")))?;
     let secret = Api::<Secret>::namespaced(client, namespace).get_opt(names::TOKEN_ROOT_SECRET).await;
     let secret = secret.map_err(|error| wrong(format!("cannot be read: {error}")))?;
-    let secret = secret.ok_or_else(|| wrong("there is none: is the operator installed in this namespace?".to_owned()))?;
+    let secret =
+        secret.ok_or_else(|| wrong("there is none: is the operator installed in this namespace?".to_owned()))?;
     let key = secret.data.as_ref().and_then(|data| data.get(TOKEN_ROOT_KEY));
     let key = key.and_then(|key| String::from_utf8(key.0.clone()).ok()).map(Zeroizing::new);
     let key = key.ok_or_else(|| wrong(format!("has no key {TOKEN_ROOT_KEY}")))?;

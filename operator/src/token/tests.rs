@@ -48,14 +48,15 @@ fn a_token_says_what_was_asked_for() {
     assert_eq!((claims.sub.as_str(), claims.aud.as_str()), ("local", ID));
     let by = SignedBy { key: TokenKey([0; 32]), generation: 1 };
     let grant = Grant::new(claims.clone(), by, &claims.aud, &Presenter::Local, 1_800_000_000_000).unwrap();
-    let permits = |topic: &str, tenant| {
-        grant.permit(Action::Subscribe, TenantId(tenant), Some(&topic.parse().unwrap())).is_ok()
-    };
-    assert_eq!([permits("log.a", 0), permits("news", 0), permits("other", 0), permits("news", 5)], [true, true, false, false]);
-    for (line, sub) in [
-        (&["--client", "collector"][..], "spiffe://example.org/ns/edge/client/collector"),
-        (&["--holder", ID], ID),
-    ] {
+    let permits =
+        |topic: &str, tenant| grant.permit(Action::Subscribe, TenantId(tenant), Some(&topic.parse().unwrap())).is_ok();
+    assert_eq!(
+        [permits("log.a", 0), permits("news", 0), permits("other", 0), permits("news", 5)],
+        [true, true, false, false]
+    );
+    for (line, sub) in
+        [(&["--client", "collector"][..], "spiffe://example.org/ns/edge/client/collector"), (&["--holder", ID], ID)]
+    {
         assert_eq!(minted(line).unwrap().sub, sub);
     }
 }
@@ -72,7 +73,10 @@ fn what_is_refused_names_the_option() {
         (&["--topics", &more], "--topics: 66 of them; a token lists at most 64"),
         (&["--topics", many.trim_start_matches("0,")], "--topics: 65 of them"),
         (&["--tenant", "6"], "--tenant"),
-        (&["--tenant", "00000000-0000-0000-0000-000000000006"], "is not in spec.auth.tenants of OverlayNode edge/mesh: 0, "),
+        (
+            &["--tenant", "00000000-0000-0000-0000-000000000006"],
+            "is not in spec.auth.tenants of OverlayNode edge/mesh: 0, ",
+        ),
         (&["--actions", "admin", "--client", "c"], "--actions: admin is allowed on the Unix socket only"),
         (&["--client", "a/b"], "--client: a/b: must be letters"),
         (&["--ttl", "0s"], "must be 1s to 8760h"),
@@ -89,7 +93,11 @@ fn what_is_refused_names_the_option() {
 
 #[test]
 fn one_overlay_node_is_chosen() {
-    let other = { let mut n = node(); n.metadata.name = Some("other".into()); n };
+    let other = {
+        let mut n = node();
+        n.metadata.name = Some("other".into());
+        n
+    };
     let admitted = |nodes: &[OverlayNode]| -> Vec<Admitted> {
         nodes.iter().map(|node| Admitted { node: node.clone(), document: 1, line: 1 }).collect()
     };

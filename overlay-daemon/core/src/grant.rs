@@ -1,6 +1,8 @@
 //! What a capability token says and what it allows. Decides on audience, holder, tenant,
 //! topic, action and time; signatures are verified before, by the shell's `kms`.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::identity::{SpiffeId, TenantId, Topic};
@@ -85,7 +87,8 @@ pub enum Holder {
 /// A token whose signature held, ready to be asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
-    claims: Claims,
+    /// Shared by every stream that the same token opens.
+    claims: Arc<Claims>,
     signed_by: SignedBy,
 }
 
@@ -95,13 +98,14 @@ impl Grant {
     /// # Errors
     /// 401 with the first rule that fails.
     pub fn new(
-        claims: Claims,
+        claims: impl Into<Arc<Claims>>,
         signed_by: SignedBy,
         audience: &SpiffeId,
         holder: &Holder,
         unix_ms: u64,
     ) -> Result<Self, Refusal> {
         let no = |message| Err(Refusal::new(Status::Unauthorized, message));
+        let claims = claims.into();
         if claims.tenants.len() > MAX_LIST || claims.topics.len() > MAX_LIST {
             return no("the token lists too much");
         }

@@ -145,9 +145,7 @@ impl TokenFile {
     /// The token that it holds now.
     pub(super) fn read(&self) -> Result<Bytes, LocateError> {
         match kms::read_token(self.field, &self.path) {
-            Err(KmsError::Read { source, .. })
-                if self.field == BESIDE && source.kind() == io::ErrorKind::NotFound =>
-            {
+            Err(KmsError::Read { source, .. }) if self.field == BESIDE && source.kind() == io::ErrorKind::NotFound => {
                 Err(LocateError::NoTokenBeside(self.path.clone()))
             }
             read => read.map_err(LocateError::Token),

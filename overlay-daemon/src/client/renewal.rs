@@ -110,7 +110,11 @@ impl Renewal {
         }
         // Events of the new number may overtake its answer.
         let asked = self.asked.as_ref().map(|(new, _)| *new);
-        if [Some(self.current), self.previous, asked].contains(&Some(frame.corr_id)) { user(frame) } else { Sorted::User(frame) }
+        if [Some(self.current), self.previous, asked].contains(&Some(frame.corr_id)) {
+            user(frame)
+        } else {
+            Sorted::User(frame)
+        }
     }
 }
 

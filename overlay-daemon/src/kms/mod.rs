@@ -2,6 +2,10 @@
 //! believes. Decides on key exchange, chains, identities and signatures; every primitive is
 //! rustls's, jsonwebtoken's and aws-lc's. Who may peer, and what a token allows, is decided
 //! by its callers and the core.
+//!
+//! What is zeroed when it goes: every file as it was read, a private key as it was parsed, the
+//! token for peers. What is not: the signing key inside aws-lc, which frees it cleansed by its
+//! own rules, and what a token was copied into on its way through a socket's buffers.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -244,7 +248,7 @@ impl KeySet {
     /// The token to present to peers.
     #[must_use]
     pub fn peer_token(&self) -> Bytes {
-        Bytes::copy_from_slice(&self.peer_token)
+        zeroed(self.peer_token.clone())
     }
 
     /// The keys whose tokens are believed.
@@ -286,7 +290,18 @@ pub fn client_config(tls: &config::Tls, unix_ms: u64) -> Result<(Arc<ClientConfi
 pub fn read_token(field: &'static str, path: &Path) -> Result<Bytes, KmsError> {
     let source = Source { field, path };
     let token = parse_token(&source.read()?).map_err(|message| source.invalid(message))?;
-    Ok(Bytes::copy_from_slice(&token))
+    Ok(zeroed(token))
+}
+
+/// Shared bytes that are zeroed when the last of those who share them is gone.
+fn zeroed(secret: Zeroizing<Vec<u8>>) -> Bytes {
+    struct Owner(Zeroizing<Vec<u8>>);
+    impl AsRef<[u8]> for Owner {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+    Bytes::from_owner(Owner(secret))
 }
 
 /// Whether a key of the set at `path` signed `token`; else why it is not believed.

@@ -13,9 +13,10 @@ use super::{Contents, KeySet, KmsError, Sources, Verifier};
 use crate::clock::Clock;
 use crate::metrics::Metrics;
 
-/// How often the files are read again. Contents are compared, not names or times: Kubernetes
-/// swaps a symlink above them, and no watch on the files themselves would see it.
-pub const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the files are read again: a key that is taken away must be gone within a second.
+/// Contents are compared, not names or times: Kubernetes swaps a symlink above them, and no
+/// watch on the files themselves would see it.
+pub const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The keys of a daemon.
 pub struct Keys {

@@ -215,8 +215,27 @@ fn k3_every_other_algorithm_is_refused() {
     let keys = load(&Volume::new(&Volume::files(&Authority::new(), &root, LeafOptions::default()))).unwrap();
     let verifier = keys.verifier();
     for alg in [
-        "none", "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384",
-        "ES512", "ES256K", "Ed25519", "Ed448", "ML-DSA-65", "dir", "A256GCM", "", " EdDSA",
+        "none",
+        "HS256",
+        "HS384",
+        "HS512",
+        "RS256",
+        "RS384",
+        "RS512",
+        "PS256",
+        "PS384",
+        "PS512",
+        "ES256",
+        "ES384",
+        "ES512",
+        "ES256K",
+        "Ed25519",
+        "Ed448",
+        "ML-DSA-65",
+        "dir",
+        "A256GCM",
+        "",
+        " EdDSA",
     ] {
         let header = json!({"alg": alg, "typ": "JWT", "kid": root.kid}).to_string();
         let token = root.sign(&header, &local_claims().to_string());

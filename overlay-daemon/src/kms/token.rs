@@ -26,7 +26,7 @@ const CACHED_TOKENS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(4_095);
 pub(super) struct TokenKeys(HashMap<String, (TokenKey, DecodingKey)>);
 
 /// Claims, and the key that signed them.
-type Signed = (Claims, TokenKey);
+type Signed = (Arc<Claims>, TokenKey);
 
 /// A JSON Web Key Set (RFC 7517), as much of it as is used.
 #[derive(Deserialize)]
@@ -96,7 +96,7 @@ impl TokenKeys {
                 _ => no("the token's claims cannot be read"),
             }
         })?;
-        Ok((token.claims, *id))
+        Ok((Arc::new(token.claims), *id))
     }
 }
 

@@ -45,11 +45,21 @@ pub(super) struct Remote {
 /// What a stream is for.
 #[derive(Debug)]
 pub(super) enum Kind {
-    Publish { topic: Topic, grant: Box<Grant>, upload: Upload },
-    Subscribe { topics: Vec<Topic>, missed: u32 },
+    Publish {
+        topic: Topic,
+        grant: Box<Grant>,
+        upload: Upload,
+    },
+    Subscribe {
+        topics: Vec<Topic>,
+        missed: u32,
+    },
     GossipIn,
     /// One of ours, by our token of that number; `renews` names the stream that it takes over.
-    GossipOut { token: u64, renews: Option<u64> },
+    GossipOut {
+        token: u64,
+        renews: Option<u64>,
+    },
 }
 
 /// A publisher's chunked message.

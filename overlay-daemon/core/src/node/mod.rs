@@ -345,7 +345,10 @@ impl Node {
                 return;
             }
             Ok(Tick::Ping(frame)) => self.push(id, Class::Control, frame),
-            Ok(Tick::Resume) => self.open_gossip(id),
+            Ok(Tick::Resume) => {
+                self.open_gossip(id);
+                self.renew_gossip(id);
+            }
             Ok(Tick::Nothing) => {}
         }
         self.mark_sendable(id);

@@ -243,6 +243,8 @@ impl Node {
                 self.engine.handle_tenant_up(link, clock.now);
                 self.renew_gossip(id);
             }
+            // About a frame, and gossip asks for no answers.
+            (_, false, None) if is_current => {}
             (_, _, Some(old)) => self.renewal_refused(id, frame, old, clock),
             (_, _, None) => self.gossip_refused(id, frame, clock),
         }

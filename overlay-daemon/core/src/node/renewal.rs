@@ -5,7 +5,7 @@
 use bytes::Bytes;
 
 use super::peers::wait_ms;
-use super::{Class, Clock, Kind, Node, SessionId};
+use super::{Class, Clock, Entry, Kind, Node, SessionId, State};
 use crate::Millis;
 use crate::control::{Open, json};
 use crate::frame::{AppProto, Flags, Frame};
@@ -73,7 +73,9 @@ impl Node {
     /// Asks for every gossip stream of ours by an older token to go on by this one. From the
     /// START on what we send, and what waits to be sent, is the new stream's.
     pub(super) fn renew_gossip(&mut self, id: SessionId) {
-        let Some(entry) = self.sessions.get_mut(&id).filter(|entry| !entry.closing) else { return };
+        // In Backoff nothing is asked for: the end of the delay does.
+        let is_active = |entry: &&mut Entry| !entry.closing && entry.session.state() == State::Active;
+        let Some(entry) = self.sessions.get_mut(&id).filter(is_active) else { return };
         let Some(remote) = entry.remote_mut().filter(|remote| remote.renew_at.is_none()) else { return };
         let accepted: Vec<(TenantId, u64)> = remote.streams.iter().map(|(tenant, old)| (*tenant, *old)).collect();
         for (tenant, old) in accepted {

@@ -249,6 +249,55 @@ fn f10_a_refused_renewal_leaves_the_old_stream() {
     }
 }
 
+/// F10: a stream's tenant is its START's. A frame that says another changes nothing, whoever it
+/// is from and whatever its token allows: no delivery across tenants, and a message that is
+/// sent on under another tenant is another message, which nobody accepted.
+#[test]
+fn f10_a_tenant_does_not_change_within_a_stream() {
+    let tenants = [TenantId(0), TenantId(5)];
+    let mut sim = Sim::with(2, |config| config.overlay.tenants = tenants.to_vec());
+    sim.full_mesh();
+    let both = sim.granted(SIGNED_BY, |claims| claims.tenants = vec![TenantId(0), TenantId(5)]);
+    let readers = tenants.map(|tenant| {
+        let client = sim.client(0);
+        let open = json(&subscribe());
+        let start = Frame::new(Flags::REQ | Flags::START, AppProto::PUBSUB, tenant, 3, open);
+        sim.client_starts(0, client, start, Some(both.clone()));
+        client
+    });
+    let received = |sim: &Sim| readers.map(|reader| texts(&sim.client_frames(0, reader)));
+    // By a publisher whose token allows both tenants.
+    let publisher = sim.opened_by(0, &publishing(), both.clone());
+    let record = |text: &str| Publish::Message(text.to_owned().into()).encode();
+    let clock = sim.clock();
+    let relabelled = Frame::new(Flags::REQ, AppProto::PUBSUB, TenantId(5), 3, record("relabelled"));
+    sim.nodes[0].handle_frame(publisher, relabelled, None, clock);
+    sim.run(20);
+    assert_eq!(answers(&sim.client_frames(0, publisher)), [(200, 3, 0), (400, 3, 0)]);
+    assert_eq!(received(&sim), [vec![], Vec::<String>::new()]);
+    send(&mut sim, publisher, 3, &Publish::Message("honest".into()));
+    sim.run(20);
+    assert_eq!(received(&sim), [vec!["honest".to_owned()], vec![]]);
+    // By a peer, whose token is for tenant 0: neither on that stream nor on one of its own.
+    let peer = sim.nodes[0].sessions.iter().find(|(_, entry)| entry.remote().is_some()).map(|(id, _)| *id).unwrap();
+    let stream = sim.nodes[0].sessions[&peer].session.streams().find(|(_, s)| matches!(s.kind, Kind::GossipIn));
+    let corr_id = stream.map(|(corr_id, _)| corr_id).unwrap();
+    let event = sim.client_frames(0, readers[0]).iter().find(|f| f.flags.has(Flags::EVENT)).unwrap().payload.clone();
+    let Some(Record::Message { envelope, payload, hops }) = Record::decode(event) else { panic!("a message") };
+    let before = envelope.id(TenantId(0));
+    assert_ne!(before, envelope.id(TenantId(5)), "the tenant is part of what a message is");
+    let clock = sim.clock();
+    for (tenant, corr_id) in [(5, corr_id), (5, 999)] {
+        let record = Record::Message { hops, envelope: envelope.clone(), payload: payload.clone() }.encode();
+        let frame = Frame::new(Flags::REQ, AppProto::GOSSIP, TenantId(tenant), corr_id, record);
+        sim.nodes[0].handle_frame(peer, frame, None, clock);
+    }
+    sim.run(50);
+    assert_eq!(received(&sim), [vec!["honest".to_owned()], vec![]]);
+    assert_eq!(sim.nodes[0].sessions[&readers[1]].lanes.len(), 0);
+    assert!(sim.rejected(0, Reason::Protocol) >= 2, "{}", sim.rejected(0, Reason::Protocol));
+}
+
 /// Peers renew their gossip streams when their token is rewritten: while messages flow, none
 /// is lost, none comes twice, and the old streams are gone.
 #[test]

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use overlay_operator::{api, local, reconcile};
+use overlay_operator::{api, local, reconcile, token};
 
 /// Runs meshes of overlay daemons: in a cluster, or on this machine.
 #[derive(Debug, Parser)]
@@ -20,6 +20,7 @@ enum Command {
     /// Reconcile the OverlayNodes of a cluster until told to stop.
     Run(reconcile::Args),
     Local(local::Args),
+    Token(token::Args),
     /// Print the CustomResourceDefinition of OverlayNode, for kubectl apply -f -.
     Crd,
 }
@@ -32,6 +33,7 @@ async fn main() -> ExitCode {
             Err(error) => failed(&error),
         },
         Command::Local(args) => local::run(args).await,
+        Command::Token(args) => token::run(args).await,
         Command::Crd => match api::crd_yaml() {
             Ok(text) => print(&text),
             Err(error) => failed(&error),

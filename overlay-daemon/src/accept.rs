@@ -45,7 +45,7 @@ async fn serve(accepted: Accepted, keys: Arc<Keys>, context: Context) {
     match accepted.handshake(&current).await {
         Ok(connection) => {
             context.metrics.key_exchange(connection.group);
-            context.hold(connection, None).await;
+            context.hold(connection, None, current.bundle()).await;
         }
         Err(error) => {
             // Debug: whoever can connect could otherwise fill the log.

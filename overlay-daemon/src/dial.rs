@@ -1,5 +1,5 @@
-//! One task a configured peer: dials while there is no session with it, and backs off with
-//! jitter while that fails. Where peers are comes from configuration alone (I-1).
+//! One task a configured peer: dials while there is no session with it, and before the one that
+//! it dialled ends with a certificate; backs off with jitter while that fails. Where peers are comes from configuration alone (I-1).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,10 +9,12 @@ use overlay_core::config::Peer;
 use overlay_core::identity::SpiffeId;
 use overlay_core::status::Reason;
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::kms::Keys;
+use crate::clock::Clock;
+use crate::kms::{KeySet, Keys};
 use crate::session::Context;
 use crate::transport::{Connection, DialError, dial};
 
@@ -23,6 +25,8 @@ const SHORTEST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(10);
 /// A session that lived so long was a good one: the next pause is short again.
 const GOOD: Duration = Duration::from_secs(10);
+/// The longest that a session is planned for, whatever its certificates say.
+const FAR: Duration = Duration::from_secs(365 * 86_400);
 
 /// Why there is no session with a peer.
 #[derive(Debug, thiserror::Error)]
@@ -50,25 +54,33 @@ pub struct Dialler {
 }
 
 impl Dialler {
-    /// Dials until it is retired. Dropping the task ends the session too.
+    /// Dials until it is retired. Dropping the task ends the sessions too.
     pub async fn run(mut self) {
-        let mut pauses = pauses();
-        let mut warned = false;
         let retired = self.retired.clone();
+        let mut holding = JoinSet::new();
+        let mut plan = Plan::new(self.context.clock);
+        let mut warned = false;
         loop {
-            let connecting = async {
-                self.up.wait_for(|up| !up).await.ok()?;
-                Some(self.connect().await)
-            };
-            let Some(Some(connected)) = retired.run_until_cancelled(connecting).await else { return };
+            tokio::select! {
+                () = retired.cancelled() => break,
+                Some(ended) = holding.join_next() => {
+                    plan.handle_end(ended.ok(), !holding.is_empty());
+                    continue;
+                }
+                due = plan.due(&mut self.up) => if due.is_err() { return },
+            }
+            let Some(connected) = retired.run_until_cancelled(self.connect()).await else { break };
             match connected {
-                Ok(connection) => {
+                Ok((connection, own)) => {
                     warned = false;
-                    let began = self.context.clock.stamp();
-                    self.context.hold(connection, Some(self.place)).await;
-                    if began.elapsed() >= GOOD {
-                        pauses = self::pauses();
-                    }
+                    let ends_ms = connection.peer_not_after_ms.min(own.not_after_ms());
+                    let number = plan.handle_session(ends_ms, connection.deadline);
+                    let (context, place) = (self.context.clone(), self.place);
+                    holding.spawn(async move {
+                        context.hold(connection, Some(place), own.bundle()).await;
+                        number
+                    });
+                    continue;
                 }
                 // Once for each time it goes away: a peer may be down for days.
                 Err(error) if !warned => {
@@ -77,21 +89,86 @@ impl Dialler {
                 }
                 Err(error) => tracing::debug!(peer = %self.peer.name, %error, "dialling failed"),
             }
-            if retired.run_until_cancelled(sleep(pauses.next().unwrap_or(LONGEST))).await.is_none() {
-                return;
-            }
+            plan.handle_failure();
         }
+        while holding.join_next().await.is_some() {}
     }
 
-    async fn connect(&self) -> Result<Connection, PeerError> {
-        let tls = Arc::clone(self.keys.current().client());
-        let connection = dial(&self.peer.address, &tls, &self.context.timing.now(), self.context.clock).await?;
+    /// A connection, and the keys that it was made with.
+    async fn connect(&self) -> Result<(Connection, Arc<KeySet>), PeerError> {
+        let keys = self.keys.current();
+        let connection =
+            dial(&self.peer.address, keys.client(), &self.context.timing.now(), self.context.clock).await?;
         self.context.metrics.key_exchange(connection.group);
         if !self.peer.identity.covers(&connection.peer) {
             self.context.metrics.rejected(Reason::Auth).inc();
             return Err(PeerError::Identity { wanted: self.peer.identity.clone(), found: connection.peer });
         }
-        Ok(connection)
+        Ok((connection, keys))
+    }
+}
+
+/// When to dial next. A session ends with either side's certificate, so its successor is
+/// dialled before: the hub closes the old one when the new one is up.
+struct Plan {
+    clock: Clock,
+    pauses: ExponentialBackoff,
+    /// Not before this time.
+    not_before: Instant,
+    /// Although there is a session, from this time on.
+    successor: Option<Instant>,
+    /// The newest session, and when it began.
+    newest: Option<(u64, Instant)>,
+}
+
+impl Plan {
+    fn new(clock: Clock) -> Self {
+        Self { clock, pauses: pauses(), not_before: clock.stamp(), successor: None, newest: None }
+    }
+
+    /// Waits until there is a reason to dial.
+    async fn due(&self, up: &mut watch::Receiver<bool>) -> Result<(), watch::error::RecvError> {
+        sleep_until(self.not_before).await;
+        let succeed = async {
+            match self.successor {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            down = up.wait_for(|up| !up) => down.map(|_| ()),
+            () = succeed => Ok(()),
+        }
+    }
+
+    /// There is a session, which ends at `ends_ms` since 1970 and says HELLO until `deadline`.
+    /// Gives its number.
+    fn handle_session(&mut self, ends_ms: u64, deadline: Instant) -> u64 {
+        let now = self.clock.stamp();
+        let left = Duration::from_millis(ends_ms.saturating_sub(self.clock.unix_ms())).min(FAR);
+        let number = self.newest.map_or(1, |(number, _)| number + 1);
+        self.newest = Some((number, now));
+        self.successor = Some(now + left * 4 / 5);
+        // By then the hub has told of it, or it has ended.
+        self.not_before = deadline;
+        number
+    }
+
+    /// A session has ended; `others` says whether another is still held.
+    fn handle_end(&mut self, number: Option<u64>, others: bool) {
+        let Some((_, began)) = self.newest.filter(|(newest, _)| number.is_none_or(|number| number == *newest)) else {
+            return;
+        };
+        if began.elapsed() >= GOOD {
+            self.pauses = pauses();
+        }
+        self.handle_failure();
+        // A successor that came to nothing: the session that it was to replace ends soon.
+        self.successor = others.then_some(self.not_before);
+    }
+
+    fn handle_failure(&mut self) {
+        self.not_before = self.clock.deadline(self.pauses.next().unwrap_or(LONGEST));
     }
 }
 
@@ -103,4 +180,45 @@ fn pauses() -> ExponentialBackoff {
         .with_jitter()
         .without_max_times()
         .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn waits(plan: &Plan, up: &mut watch::Receiver<bool>) -> Option<Duration> {
+        let began = Instant::now();
+        let due = tokio::time::timeout(Duration::from_secs(10 * 86_400), plan.due(up)).await;
+        due.ok().map(|due| {
+            due.unwrap();
+            began.elapsed()
+        })
+    }
+
+    /// The next session is dialled before the one that is held ends with its certificate, and
+    /// once more if it comes to nothing; never while another holds and nothing ends.
+    #[tokio::test(start_paused = true)]
+    async fn a_successor_is_dialled_before_a_session_ends() {
+        let clock = Clock::start();
+        let (told, mut up) = watch::channel(false);
+        let mut plan = Plan::new(clock);
+        assert_eq!(waits(&plan, &mut up).await, Some(Duration::ZERO), "at once");
+        let hour = 3_600_000;
+        let first = plan.handle_session(clock.unix_ms() + hour, clock.deadline(Duration::from_secs(3)));
+        told.send_replace(true);
+        let waited = waits(&plan, &mut up).await.unwrap();
+        assert!((2_879..=2_880).contains(&waited.as_secs()), "four fifths of it: {waited:?}");
+        let second = plan.handle_session(clock.unix_ms() + hour, clock.deadline(Duration::from_secs(3)));
+        plan.handle_end(Some(second), true);
+        let waited = waits(&plan, &mut up).await.unwrap();
+        assert!(waited <= SHORTEST * 2, "the first one still ends: {waited:?}");
+        let third = plan.handle_session(clock.unix_ms() + 24 * hour, clock.deadline(Duration::from_secs(3)));
+        plan.handle_end(Some(first), true);
+        let waited = waits(&plan, &mut up).await.unwrap();
+        assert!(waited > Duration::from_secs(19 * 3_600), "the one that was replaced is no reason: {waited:?}");
+        plan.handle_end(Some(third), false);
+        assert_eq!(waits(&plan, &mut up).await, None, "the other side's session took over");
+        told.send_replace(false);
+        assert!(waits(&plan, &mut up).await.is_some());
+    }
 }

@@ -2,7 +2,7 @@
 //! it decides, and never waits for a session: a writer gets a batch when it has said that it
 //! is free, and a channel of one place is then always open.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -11,7 +11,7 @@ use overlay_core::config::{DaemonConfig, Places};
 use overlay_core::control::{Open, parse};
 use overlay_core::frame::{AppProto, Flags, Frame};
 use overlay_core::gossip::Counts;
-use overlay_core::grant::Grant;
+use overlay_core::grant::{Grant, TokenKey};
 use overlay_core::node::{Clock as CoreClock, Node, Opening, Output, SessionId};
 use overlay_core::readiness::Report;
 use overlay_core::status::{Refusal, Status};
@@ -69,8 +69,8 @@ pub enum Input {
     Closed(SessionId),
     /// Readiness was judged.
     Readiness(Report, bool),
-    /// The token for peers changed.
-    Token(Bytes),
+    /// The keys changed: which set it is, whose tokens it believes, and the token for peers.
+    Keys(u64, BTreeSet<TokenKey>, Bytes),
     /// The configuration changed, as far as it can while the daemon runs.
     Config(Box<DaemonConfig>),
     /// The configured peers changed.
@@ -204,7 +204,10 @@ impl Turn {
                 self.live.remove(&id);
             }
             Input::Readiness(report, shedding) => self.node.handle_readiness(report, shedding),
-            Input::Token(token) => self.node.handle_token(token),
+            Input::Keys(generation, keys, token) => {
+                self.node.handle_keys(generation, keys);
+                self.node.handle_token(token);
+            }
             Input::Config(config) => self.node.handle_config(&config, self.clock.now()),
             Input::Peers(peers) => {
                 // What was decided is about the places as they were.
@@ -244,7 +247,7 @@ impl Turn {
             AppProto::PUBSUB if started => match parse(&frame.payload)? {
                 Open::Subscribe { .. } => Some(Route::Subscribe),
                 Open::Publish { .. } => Some(Route::Publish),
-                Open::Gossip {} | Open::Sessions {} => None,
+                Open::Renew { .. } | Open::Gossip {} | Open::Sessions {} => None,
             },
             AppProto::PUBSUB => Some(Route::Publish),
             AppProto::GOSSIP if started => Some(Route::Gossip),

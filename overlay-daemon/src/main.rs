@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 use overlay_daemon::check;
 use overlay_daemon::client;
 use overlay_daemon::clock::Clock;
+use overlay_daemon::inspect::{InspectArgs, inspect};
 use overlay_daemon::run::{RunArgs, Start, run};
 
 /// Post-quantum sessions and bounded gossip: a node of the overlay, and its command-line client.
@@ -25,8 +26,17 @@ enum Command {
     Run(RunArgs),
     /// Check configuration files and print what they come to, secrets left out
     Check(CheckArgs),
+    /// Look at capability tokens
+    #[command(subcommand)]
+    Token(TokenCommand),
     #[command(flatten)]
     Client(client::Command),
+}
+
+#[derive(Debug, Subcommand)]
+enum TokenCommand {
+    /// Show what a token says and allows, and how long it holds
+    Inspect(InspectArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -46,6 +56,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Run(args) => daemon(&args),
         Command::Check(args) => check_files(&args),
+        Command::Token(TokenCommand::Inspect(args)) => inspect_token(&args),
         Command::Client(command) => client::execute(command),
     }
 }
@@ -73,6 +84,14 @@ fn check_files(args: &CheckArgs) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => fail(&format!("cannot write: {error}")),
+    }
+}
+
+fn inspect_token(args: &InspectArgs) -> ExitCode {
+    match inspect(args, Clock::start().unix_ms(), &mut io::stdout().lock()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => fail(&error.to_string()),
     }
 }
 

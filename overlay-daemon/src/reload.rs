@@ -130,14 +130,17 @@ impl Reloader {
         }
     }
 
-    /// Looks at the files until its owner drops the task, and the diallers with it.
-    pub async fn run(mut self) {
+    /// Looks at the files every second, and whenever `asked` to, until its owner drops the task,
+    /// and the diallers with it.
+    pub async fn run(mut self, mut asked: watch::Receiver<u64>) {
         let mut ticks = interval(EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 Some(_) = self.diallers.join_next() => continue,
                 _ = ticks.tick() => {}
+                // Who asks wants to hear what is wrong, though it was said before.
+                Ok(()) = asked.changed() => self.refused = None,
             }
             let files = self.files.clone();
             let read = move || (check::read_daemon(&files.config), check::read_peers(&files.peers));

@@ -151,7 +151,9 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
     let incarnation = incarnation()?;
     let identity = keys.current().identity().clone();
     let mut node = Node::new(config.clone(), &peers, identity.clone(), incarnation, clock.now());
-    node.handle_token(keys.current().peer_token());
+    let first = keys.current();
+    node.handle_keys(first.generation(), first.token_keys());
+    node.handle_token(first.peer_token());
 
     let (hub, inputs) = mpsc::channel(QUEUE);
     let (sender, sent) = mpsc::channel(QUEUE);
@@ -178,7 +180,15 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
         Hub { node, clock, metrics: Arc::clone(&metrics), peers: reloader.peers(), inputs, sent, heartbeat: beats };
     serving.spawn(hub_task.run(stop.all.clone()));
     let mut helping = JoinSet::new();
-    helping.spawn(reloader.run());
+    let (asked, is_asked) = watch::channel(0);
+    let mut hangups = signal(SignalKind::hangup()).context("cannot listen for signals")?;
+    helping.spawn(async move {
+        while hangups.recv().await.is_some() {
+            tracing::info!("SIGHUP: looking at configuration, peers and keys");
+            asked.send_modify(|times| *times += 1);
+        }
+    });
+    helping.spawn(reloader.run(is_asked.clone()));
     let shown = Admin { metrics: Arc::clone(&metrics), report: reported, running: running_now, clock };
     let ended = stop.all.clone();
     serving.spawn(async move {
@@ -197,9 +207,9 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
         }
         .run(),
     );
-    helping.spawn(hand_on_tokens(Arc::clone(&keys), hub.clone()));
+    helping.spawn(hand_on_keys(Arc::clone(&keys), hub.clone()));
     let (watched, reload_metrics, reload_stop) = (Arc::clone(&keys), Arc::clone(&metrics), stop.all.clone());
-    helping.spawn(async move { watched.watch(reload_metrics, clock, reload_stop).await });
+    helping.spawn(async move { watched.watch(reload_metrics, clock, is_asked, reload_stop).await });
     let mut accepting = JoinSet::new();
     accepting.spawn(accept::tls(listener, keys, context.clone(), stop.clone()));
     accepting.spawn(accept::local(local, context, stop.clone()));
@@ -263,12 +273,12 @@ impl Daemon {
     }
 }
 
-/// Gives the hub each new token for peers.
-async fn hand_on_tokens(keys: Arc<Keys>, hub: mpsc::Sender<Input>) {
+/// Gives the hub each new set of token keys, and the token for peers.
+async fn hand_on_keys(keys: Arc<Keys>, hub: mpsc::Sender<Input>) {
     let mut changes = keys.subscribe();
     while changes.changed().await.is_ok() {
-        let token = changes.borrow_and_update().peer_token();
-        if hub.send(Input::Token(token)).await.is_err() {
+        let set = Arc::clone(&changes.borrow_and_update());
+        if hub.send(Input::Keys(set.generation(), set.token_keys(), set.peer_token())).await.is_err() {
             return;
         }
     }

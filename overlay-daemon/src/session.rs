@@ -11,6 +11,7 @@ use overlay_core::grant::{Grant, Holder};
 use overlay_core::node::{Opening, SessionId};
 use overlay_core::status::{Reason, Refusal};
 use overlay_core::{codec, compress};
+use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -61,9 +62,10 @@ impl Context {
         Self { hub, sent, verifier, timing, clock, metrics, ids: Arc::new(AtomicU64::new(1)) }
     }
 
-    /// Holds a session with the other end of `connection`, until either side ends it or the
-    /// certificate that it showed does. `dialled` is the configured peer that was dialled.
-    pub async fn hold(&self, connection: Connection, dialled: Option<usize>) {
+    /// Holds a session with the other end of `connection`, until either side ends it, the
+    /// certificate that it showed does, or its authority leaves the bundle. `dialled` is the
+    /// configured peer that was dialled, `bundle` the authorities that the handshake went by.
+    pub async fn hold(&self, connection: Connection, dialled: Option<usize>, bundle: blake3::Hash) {
         let opening = Opening {
             holder: Holder::Certificate(connection.peer),
             dialled,
@@ -72,19 +74,42 @@ impl Context {
         };
         let left = connection.peer_not_after_ms.saturating_sub(self.clock.unix_ms());
         let ends = self.clock.instant(self.clock.now().after(left));
-        self.run(connection.stream, opening, Some(connection.group), Some(ends)).await;
+        let over = async {
+            tokio::select! {
+                () = sleep_until(ends) => {}
+                () = self.distrusted(connection.chain, dialled.is_some(), bundle) => {}
+            }
+        };
+        self.run(connection.stream, opening, Some(connection.group), over).await;
+    }
+
+    /// Waits until no authority vouches for a chain any more. `bundle` is the one that the
+    /// handshake went by.
+    async fn distrusted(&self, chain: Vec<CertificateDer<'static>>, server: bool, mut bundle: blake3::Hash) {
+        let mut keys = self.verifier.keys();
+        loop {
+            let current = Arc::clone(&keys.borrow_and_update());
+            if current.bundle() != bundle && !current.vouches_for(&chain, server, self.clock.unix_ms()) {
+                return;
+            }
+            bundle = current.bundle();
+            drop(current);
+            if keys.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
     }
 
     /// Holds a session with a local process.
     pub async fn hold_local(&self, connection: LocalConnection) {
         let handshake_ends = self.clock.millis(connection.deadline);
         let opening = Opening { holder: Holder::Local, dialled: None, group: "none", handshake_ends };
-        self.run(connection.stream, opening, None, None).await;
+        self.run(connection.stream, opening, None, std::future::pending()).await;
     }
 
-    /// Runs a session over `stream`, at the longest until `ends`. The hub hears of its
+    /// Runs a session over `stream`, at the longest until `over`. The hub hears of its
     /// beginning and, in every case, of its end.
-    async fn run<S>(&self, stream: S, opening: Opening, group: Option<KeyExchangeGroup>, ends: Option<Instant>)
+    async fn run<S>(&self, stream: S, opening: Opening, group: Option<KeyExchangeGroup>, over: impl Future<Output = ()>)
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
@@ -102,9 +127,9 @@ impl Context {
         // Whichever ends first ends the other: a half-open session helps nobody. Only the
         // reader's end at a broken frame waits for the writer to tell of it.
         let ended = async { while let Some(Ok(Ended::BrokenFrame)) = tasks.join_next().await {} };
-        match ends {
-            None => ended.await,
-            Some(at) => drop(timeout_at(at, ended).await),
+        tokio::select! {
+            () = ended => {}
+            () = over => {}
         }
         tasks.shutdown().await;
         let _stopping = self.hub.send(Input::Closed(id)).await;

@@ -12,8 +12,8 @@ use overlay_core::control::Open;
 use overlay_core::frame::Flags;
 use overlay_core::record::{Publish, Record};
 use overlay_tests::daemon::Daemon;
-use overlay_tests::oap::{Offer, Tls, Wire, connect, hello, request};
 use overlay_tests::http;
+use overlay_tests::oap::{Offer, Tls, Wire, connect, hello, request};
 use overlay_tests::wait::{self, Look, now};
 use rustix::net::sockopt::set_socket_recv_buffer_size;
 

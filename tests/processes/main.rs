@@ -6,3 +6,4 @@ mod local;
 mod metrics;
 mod reload;
 mod sessions;
+mod tokens;

@@ -11,8 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::programs::repository;
 
 /// How many rows of the catalogue a letter has; T3 does not exist.
-const ROWS: [(&str, u32); 8] =
-    [("F", 10), ("Z", 4), ("T", 10), ("S", 6), ("K", 6), ("A", 3), ("M", 1), ("N", 2)];
+const ROWS: [(&str, u32); 8] = [("F", 10), ("Z", 4), ("T", 10), ("S", 6), ("K", 6), ("A", 3), ("M", 1), ("N", 2)];
 /// The same of the specification.
 const ITEMS: [(&str, u32); 5] = [("I-", 11), ("P-", 6), ("C-", 6), ("G-", 10), ("Anti-scope ", 6)];
 

@@ -23,9 +23,11 @@ mod supervise;
 mod table;
 
 use std::io::{self, IsTerminal, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
+
+use overlay_core::identity::SpiffeId;
 
 use self::events::Event;
 use self::output::{Form, Output};
@@ -33,7 +35,8 @@ use self::run::{Goal, Outcome, Run, Signals};
 use self::runtime_dir::RuntimeDir;
 use crate::admit::Admitted;
 use crate::api::{CertificateSource, OverlayNode};
-use crate::build::names;
+use crate::build::{SOCKET_TOKEN, names};
+use crate::trust::{TokenRoot, TrustError, Zeroizing};
 
 /// Run the daemons of OverlayNode manifests on this machine, without a cluster.
 ///
@@ -138,15 +141,70 @@ async fn run_inner(args: &Args) -> Result<Outcome, LocalError> {
     for folder in dir.ended() {
         eprintln!("ended a daemon that a killed run had left running in {}", folder.display());
     }
-    credentials::write(&mut dir, &nodes, &daemons, SystemTime::now())?;
+    let tokens = credentials::write(&mut dir, &nodes, &daemons, SystemTime::now())?;
 
     let output = Output::new(form(args.output), args.quiet, io::stdout(), io::stderr());
     let goal = if args.exit_when_ready { Goal::Ready(args.ready_timeout) } else { Goal::Stay };
-    let (run, lines) = Run::new(daemons, program, goal, output);
+    let (run, lines) = Run::new(daemons, tokens, program, goal, output);
     let (outcome, mut output) = run.drive(lines, &mut signals).await;
     dir.remove()?;
     output.say("stopped", Some(&Event::Stopped));
     Ok(outcome)
+}
+
+/// Why tokens cannot be minted for a run on this machine.
+#[derive(Debug, thiserror::Error)]
+pub enum LocalTokenError {
+    /// There is no folder that a run could have.
+    #[error("{0}")]
+    NoFolder(String),
+    /// No run has this OverlayNode.
+    #[error(
+        "OverlayNode {node} is not running on this machine (no {}): start 'overlay-operator local' with it, or give --namespace to mint for a cluster", path.display()
+    )]
+    NotRunning {
+        /// Namespace and name.
+        node: String,
+        /// Where its key would be.
+        path: PathBuf,
+    },
+    /// A file of the run is not as the run wrote it.
+    #[error("{}: {message}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+}
+
+/// The token root of the run that has this OverlayNode, and the identity that its daemons have.
+///
+/// # Errors
+/// No run has it, or its files cannot be read.
+pub fn token_root(node: &OverlayNode) -> Result<(TokenRoot, SpiffeId), LocalTokenError> {
+    let uid = rustix::process::geteuid().as_raw();
+    let root = runtime_dir::root(std::env::var_os("XDG_RUNTIME_DIR").as_deref(), uid)
+        .map_err(|error| LocalTokenError::NoFolder(error.to_string()))?;
+    token_root_in(&root, node)
+}
+
+fn token_root_in(root: &Path, node: &OverlayNode) -> Result<(TokenRoot, SpiffeId), LocalTokenError> {
+    let (namespace, name) = (names::namespace(node), names::name(node));
+    let path = runtime_dir::token_root(root, namespace, name);
+    let not_running = || LocalTokenError::NotRunning { node: format!("{namespace}/{name}"), path: path.clone() };
+    let read = |path: &Path| match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Zeroizing::new(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(not_running()),
+        Err(error) => Err(LocalTokenError::Damaged { path: path.to_owned(), message: error.to_string() }),
+    };
+    let damaged =
+        |path: &Path, error: TrustError| LocalTokenError::Damaged { path: path.to_owned(), message: error.to_string() };
+    let tokens = TokenRoot::from_pem(&read(&path)?).map_err(|error| damaged(&path, error))?;
+    // The run knows its trust domain; a token of its own says it.
+    let standing = RuntimeDir::folder(root, namespace, &names::daemon(node, 0)).join(SOCKET_TOKEN);
+    let claims = tokens.read(&read(&standing)?).map_err(|error| damaged(&standing, error))?;
+    Ok((tokens, claims.aud))
 }
 
 /// What a manifest asks for that only a cluster has.

@@ -4,14 +4,15 @@
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::child::{self, Exit, Line, Order, Start};
+use super::credentials::Tokens;
 use super::events::{Event, ReadyDaemon};
 use super::output::{self, Form, Output};
 use super::plan::Daemon;
@@ -76,6 +77,7 @@ struct Member {
 /// The state of a run.
 pub(super) struct Run<O, E> {
     members: Vec<Member>,
+    tokens: Tokens,
     program: PathBuf,
     goal: Goal,
     output: Output<O, E>,
@@ -92,6 +94,7 @@ impl<O: Write, E: Write> Run<O, E> {
     /// A run of `daemons`, none of them started yet.
     pub(super) fn new(
         daemons: Vec<Daemon>,
+        tokens: Tokens,
         program: PathBuf,
         goal: Goal,
         output: Output<O, E>,
@@ -105,6 +108,7 @@ impl<O: Write, E: Write> Run<O, E> {
         let (lines, taken) = mpsc::channel(LINES);
         let run = Self {
             members: daemons.into_iter().map(member).collect(),
+            tokens,
             program,
             goal,
             output,
@@ -139,7 +143,7 @@ impl<O: Write, E: Write> Run<O, E> {
             if self.stopping && self.children.is_empty() {
                 break;
             }
-            let wake = self.wake();
+            let (wake, rewrite) = (self.wake(), self.until_rewrite());
             tokio::select! {
                 Some(exit) = self.children.join_next() => match exit {
                     Ok(exit) => self.handle_exit(exit),
@@ -148,6 +152,7 @@ impl<O: Write, E: Write> Run<O, E> {
                 Some((daemon, probe)) = answered.recv() => self.handle_probe(daemon, probe),
                 Some(line) = lines.recv() => self.output.pass(&self.members[line.daemon].shown, &line.text),
                 () = signals.next() => self.handle_signal(),
+                () = sleep(rewrite) => self.rewrite_tokens(),
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => self.handle_time(),
             }
         }
@@ -171,6 +176,26 @@ impl<O: Write, E: Write> Run<O, E> {
         };
         let tick = (self.output.form() == Form::Table).then(|| self.now() + TABLE_TICK);
         starts.chain(goal).chain(tick).min().map(|at| self.began + at)
+    }
+
+    /// For how long to wait before tokens are looked at: by the time of day, which goes on
+    /// while a machine sleeps, so not for long at once.
+    fn until_rewrite(&self) -> Duration {
+        const LOOK_AGAIN: Duration = Duration::from_secs(60);
+        if self.stopping {
+            return LOOK_AGAIN;
+        }
+        self.tokens.due().duration_since(SystemTime::now()).unwrap_or_default().min(LOOK_AGAIN)
+    }
+
+    fn rewrite_tokens(&mut self) {
+        let now = SystemTime::now();
+        if now < self.tokens.due() {
+            return;
+        }
+        if let Err(error) = self.tokens.rewrite(now) {
+            self.output.warn(&format!("tokens are not rewritten: {error}"));
+        }
     }
 
     fn start_due(&mut self) {

@@ -4,6 +4,7 @@
 //! ```text
 //! ROOT/lock                       held while the folder's entries change
 //! ROOT/NAMESPACE.NAME.lock        held by the run that has this OverlayNode; its process id
+//! ROOT/NAMESPACE.NAME.token-root  the key that signs its tokens, for `token create`
 //! ROOT/NAMESPACE.POD/             one daemon's files, socket and process
 //! ```
 //! A lock dies with the process that holds it, so one that is free belongs to a run that was
@@ -24,6 +25,8 @@ use super::process::Identity;
 const MEMORY_BACKED: [u64; 2] = [0x0102_1994, 0x8584_58f6];
 /// The lock around changes of the folder.
 const ROOT_LOCK: &str = "lock";
+/// How the file of an OverlayNode's token root ends.
+const TOKEN_ROOT: &str = ".token-root";
 /// The file in a daemon's folder that says which process it is.
 const PROCESS: &str = "process";
 /// Where Linux has shared memory.
@@ -88,6 +91,7 @@ pub(super) struct RuntimeDir {
     root: PathBuf,
     locks: Vec<(PathBuf, File)>,
     folders: Vec<PathBuf>,
+    files: Vec<PathBuf>,
     ended: Vec<PathBuf>,
 }
 
@@ -98,7 +102,13 @@ impl RuntimeDir {
     /// The folder is not ours alone, or another run has one of them.
     pub(super) fn take(root: &Path, nodes: &[(String, String)], uid: u32) -> Result<Self, RuntimeDirError> {
         // Dropped after the lock, which giving up what was taken needs too.
-        let mut dir = Self { root: root.to_owned(), locks: Vec::new(), folders: Vec::new(), ended: Vec::new() };
+        let mut dir = Self {
+            root: root.to_owned(),
+            locks: Vec::new(),
+            folders: Vec::new(),
+            files: Vec::new(),
+            ended: Vec::new(),
+        };
         let _changing = lock_root(root, uid)?;
         dir.ended = clear_abandoned(root)?;
         for (namespace, name) in nodes {
@@ -137,6 +147,17 @@ impl RuntimeDir {
         Ok(())
     }
 
+    /// Keeps an OverlayNode's token root, for this user alone.
+    ///
+    /// # Errors
+    /// The file system refused.
+    pub(super) fn keep_token_root(&mut self, namespace: &str, name: &str, key: &str) -> Result<(), RuntimeDirError> {
+        let path = token_root(&self.root, namespace, name);
+        write_private(&path, key)?;
+        self.files.push(path);
+        Ok(())
+    }
+
     /// Removes what this run made, and the root with the last run in it.
     ///
     /// # Errors
@@ -149,6 +170,9 @@ impl RuntimeDir {
         // The last first: one may lie in another.
         while let Some(folder) = self.folders.pop() {
             fs::remove_dir_all(&folder).map_err(wrong(&folder, "cannot be removed"))?;
+        }
+        while let Some(file) = self.files.pop() {
+            fs::remove_file(&file).map_err(wrong(&file, "cannot be removed"))?;
         }
         for (path, held) in self.locks.drain(..) {
             fs::remove_file(&path).map_err(wrong(&path, "cannot be removed"))?;
@@ -173,6 +197,11 @@ impl Drop for RuntimeDir {
             eprintln!("error: the runtime folder is not removed: {error}");
         }
     }
+}
+
+/// Where an OverlayNode's token root is while a run has it.
+pub(super) fn token_root(root: &Path, namespace: &str, name: &str) -> PathBuf {
+    root.join(format!("{namespace}.{name}{TOKEN_ROOT}"))
 }
 
 /// Writes down which process a daemon is, for [`RuntimeDir::take`] of a later run.
@@ -254,6 +283,10 @@ fn clear_abandoned(root: &Path) -> Result<Vec<PathBuf>, RuntimeDirError> {
                 ended.push(folder);
             }
         }
+        let key = root.join(format!("{node}{TOKEN_ROOT}"));
+        if names.iter().any(|name| key.file_name() == Some(OsStr::new(name))) {
+            fs::remove_file(&key).map_err(wrong(&key, "cannot be removed"))?;
+        }
         fs::remove_file(&lock).map_err(wrong(&lock, "cannot be removed"))?;
     }
     Ok(ended)
@@ -277,6 +310,23 @@ pub(super) fn write_private(path: &Path, text: &str) -> Result<(), RuntimeDirErr
         .open(path)
         .map_err(wrong(path, "cannot be made"))?;
     file.write_all(text.as_bytes()).map_err(wrong(path, "cannot be written"))
+}
+
+/// Replaces a file that only this user may read, whole: who reads it finds the old text or the
+/// new one.
+///
+/// # Errors
+/// The file system refused.
+pub(super) fn replace_private(path: &Path, text: &str) -> Result<(), RuntimeDirError> {
+    let mut next = path.as_os_str().to_owned();
+    next.push(".next");
+    let next = PathBuf::from(next);
+    match fs::remove_file(&next) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(wrong(&next, "cannot be removed")(error)),
+        _ => {}
+    }
+    write_private(&next, text)?;
+    fs::rename(&next, path).map_err(wrong(path, "cannot be replaced"))
 }
 
 #[cfg(test)]

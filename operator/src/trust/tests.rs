@@ -2,7 +2,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jsonwebtoken::jwk::JwkSet;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
-use overlay_core::grant::{Claims, Grant, Holder};
+use overlay_core::grant::{Claims, Grant, Holder, SignedBy, TokenKey};
 use overlay_core::identity::{SpiffeId, TenantId};
 use x509_parser::extensions::GeneralName;
 use x509_parser::pem::parse_x509_pem;
@@ -120,6 +120,7 @@ fn tokens_are_granted_to_whom_they_are_for() {
     let peer = peer_claims(&id(), &[TenantId(0)], now(), HOUR);
     let local = local_claims(&id(), &[TenantId(0)], now(), HOUR);
     let certificate = Holder::Certificate(id());
+    let by = SignedBy { key: TokenKey([0; 32]), generation: 1 };
     for (case, claims, holder, at, granted) in [
         ("peer", &peer, &certificate, ms, true),
         ("peer, later", &peer, &certificate, ms + 3_600_000, false),
@@ -127,7 +128,7 @@ fn tokens_are_granted_to_whom_they_are_for() {
         ("local", &local, &Holder::Local, ms, true),
         ("local over TLS", &local, &certificate, ms, false),
     ] {
-        assert_eq!(Grant::new(claims.clone(), &id(), holder, at).is_ok(), granted, "{case}");
+        assert_eq!(Grant::new(claims.clone(), by, &id(), holder, at).is_ok(), granted, "{case}");
     }
 }
 

@@ -109,6 +109,11 @@ pub enum Open {
     },
     /// Protocol 3: the frames that follow are gossip.
     Gossip {},
+    /// Any protocol: a stream of this session goes on here, by this START's token.
+    Renew {
+        /// Its `corr_id`.
+        stream: u64,
+    },
     /// Protocol 4: answer with the state of the daemon's sessions.
     Sessions {},
 }

@@ -1,6 +1,8 @@
 //! What a capability token says and what it allows. Decides on audience, holder, tenant,
 //! topic, action and time; signatures are verified before, by the shell's `kms`.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::identity::{SpiffeId, TenantId, Topic};
@@ -50,6 +52,29 @@ pub struct Claims {
     pub exp: u64,
 }
 
+/// The public key that a token was signed with: Ed25519, 32 bytes. Not the `kid`, which is a
+/// name: another key may come to bear it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TokenKey(pub [u8; 32]);
+
+/// Which key a signature was verified with, and in which set of keys it stood.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SignedBy {
+    /// The key.
+    pub key: TokenKey,
+    /// The set's number: each set has a higher one than the set that it replaced.
+    pub generation: u64,
+}
+
+/// For how long a stream may stay open by the token that it was opened with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// It ends then, milliseconds since 1970.
+    pub until_ms: u64,
+    /// It ends when this key is believed no longer.
+    pub signed_by: SignedBy,
+}
+
 /// Who presents a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Holder {
@@ -61,15 +86,26 @@ pub enum Holder {
 
 /// A token whose signature held, ready to be asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Grant(Claims);
+pub struct Grant {
+    /// Shared by every stream that the same token opens.
+    claims: Arc<Claims>,
+    signed_by: SignedBy,
+}
 
 impl Grant {
     /// Checks what does not depend on the request: bounds, audience, holder, time.
     ///
     /// # Errors
     /// 401 with the first rule that fails.
-    pub fn new(claims: Claims, audience: &SpiffeId, holder: &Holder, unix_ms: u64) -> Result<Self, Refusal> {
+    pub fn new(
+        claims: impl Into<Arc<Claims>>,
+        signed_by: SignedBy,
+        audience: &SpiffeId,
+        holder: &Holder,
+        unix_ms: u64,
+    ) -> Result<Self, Refusal> {
         let no = |message| Err(Refusal::new(Status::Unauthorized, message));
+        let claims = claims.into();
         if claims.tenants.len() > MAX_LIST || claims.topics.len() > MAX_LIST {
             return no("the token lists too much");
         }
@@ -83,7 +119,7 @@ impl Grant {
         if !held {
             return no("the token belongs to another holder");
         }
-        let grant = Self(claims);
+        let grant = Self { claims, signed_by };
         grant.check_time(unix_ms)?;
         Ok(grant)
     }
@@ -93,13 +129,19 @@ impl Grant {
     /// # Errors
     /// 401 before `nbf` and from `exp` on.
     pub fn check_time(&self, unix_ms: u64) -> Result<(), Refusal> {
-        if unix_ms.saturating_add(CLOCK_SKEW_MS) < self.0.nbf.saturating_mul(1000) {
+        if unix_ms.saturating_add(CLOCK_SKEW_MS) < self.claims.nbf.saturating_mul(1000) {
             return Err(Refusal::new(Status::Unauthorized, "the token is not valid yet"));
         }
-        if unix_ms >= self.0.exp.saturating_mul(1000) {
+        if unix_ms >= self.claims.exp.saturating_mul(1000) {
             return Err(Refusal::new(Status::Unauthorized, "the token has expired"));
         }
         Ok(())
+    }
+
+    /// For how long a stream that it opens may stay open.
+    #[must_use]
+    pub fn lease(&self) -> Lease {
+        Lease { until_ms: self.claims.exp.saturating_mul(1000), signed_by: self.signed_by }
     }
 
     /// Whether it allows `action` for `tenant`, and on `topic` where there is one.
@@ -108,13 +150,13 @@ impl Grant {
     /// 403 with the first rule that fails.
     pub fn permit(&self, action: Action, tenant: TenantId, topic: Option<&Topic>) -> Result<(), Refusal> {
         let no = |message| Err(Refusal::new(Status::Forbidden, message));
-        if !self.0.tenants.contains(&tenant) {
+        if !self.claims.tenants.contains(&tenant) {
             return no("the token is for another tenant");
         }
-        if !self.0.actions.contains(&action) {
+        if !self.claims.actions.contains(&action) {
             return no("the token does not allow this action");
         }
-        if topic.is_some_and(|topic| !self.0.topics.iter().any(|pattern| matches(pattern, topic))) {
+        if topic.is_some_and(|topic| !self.claims.topics.iter().any(|pattern| matches(pattern, topic))) {
             return no("the token does not allow this topic");
         }
         Ok(())
@@ -134,6 +176,10 @@ mod tests {
 
     const NODE: &str = "spiffe://example.org/ns/a/overlaynode/mesh";
 
+    fn signed_by() -> SignedBy {
+        SignedBy { key: TokenKey([1; 32]), generation: 0 }
+    }
+
     fn claims() -> Claims {
         Claims {
             aud: NODE.parse().unwrap(),
@@ -146,9 +192,48 @@ mod tests {
         }
     }
 
+    /// K1: expiry and not-before, a second and a millisecond to either side, and a daemon whose
+    /// clock is five minutes off: only `nbf` is given the skew, a token never outlives `exp`.
+    #[test]
+    fn k1_the_time_is_kept_to_the_millisecond() {
+        const MINUTES_5: i64 = 300_000;
+        let (nbf, exp) = (100_000_i64, 200_000_i64);
+        let skew = i64::try_from(CLOCK_SKEW_MS).unwrap();
+        let grant = Grant::new(claims(), signed_by(), &NODE.parse().unwrap(), &Holder::Local, 150_000).unwrap();
+        for (at, good) in [
+            (nbf - skew - 1_000, false),
+            (nbf - skew - 1, false),
+            (nbf - skew, true),
+            (nbf - 1_000, true),
+            (nbf, true),
+            (nbf + 1_000, true),
+            (exp - 1_000, true),
+            (exp - 1, true),
+            (exp, false),
+            (exp + 1, false),
+            (exp + 1_000, false),
+            (exp + skew, false),
+            // A fresh token at a clock that is behind, an old one at a clock that is behind or
+            // ahead.
+            (nbf - MINUTES_5.min(nbf), false),
+            (exp + MINUTES_5, false),
+            (i64::MAX, false),
+        ] {
+            let at = u64::try_from(at).unwrap();
+            assert_eq!(grant.check_time(at).is_ok(), good, "{at}");
+            let made = Grant::new(claims(), signed_by(), &NODE.parse().unwrap(), &Holder::Local, at);
+            assert_eq!(made.is_ok(), good, "{at}");
+        }
+        let forever = Claims { nbf: 0, exp: u64::MAX, ..claims() };
+        let grant = Grant::new(forever, signed_by(), &NODE.parse().unwrap(), &Holder::Local, 0).unwrap();
+        assert_eq!(grant.lease().until_ms, u64::MAX, "and nothing overflows");
+        let never = Claims { nbf: u64::MAX, exp: u64::MAX, ..claims() };
+        assert!(Grant::new(never, signed_by(), &NODE.parse().unwrap(), &Holder::Local, u64::MAX - 5_001).is_err());
+    }
+
     /// P-4, K2, K5: one claim off at a time, and the code that answers it.
     #[test]
-    fn one_claim_off_refuses() {
+    fn k2_k5_one_claim_off_refuses() {
         let pod = Holder::Certificate(format!("{NODE}/pod/mesh-0").parse().unwrap());
         let node: SpiffeId = NODE.parse().unwrap();
         let other: SpiffeId = "spiffe://example.org/ns/a/overlaynode/other".parse().unwrap();
@@ -160,7 +245,7 @@ mod tests {
                    topic: &str,
                    action: Action| {
             let topic = topic.parse().unwrap();
-            Grant::new(claims, audience, holder, at)
+            Grant::new(claims, signed_by(), audience, holder, at)
                 .and_then(|g| g.permit(action, TenantId(tenant), Some(&topic)))
                 .map_err(|r| r.status.code())
         };

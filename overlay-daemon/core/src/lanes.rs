@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use crate::Millis;
 use crate::admission::{TokenBucket, percent};
-use crate::frame::{CHUNK, Frame, MAX_BODY};
+use crate::frame::{CHUNK, Flags, Frame, MAX_BODY};
 
 /// Which lane a frame waits in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +71,8 @@ struct Lane {
 #[derive(Debug)]
 pub struct Lanes {
     lanes: [Lane; 3],
+    /// What leaves before everything else that waits: one frame a stream that is renewed.
+    first: Vec<Frame>,
     depth: usize,
     /// That of the control lane: a smaller depth holds once the lane fits it, or answers that
     /// are on their way would make the session look like one that reads nothing.
@@ -90,7 +92,16 @@ impl Lanes {
     #[must_use]
     pub fn new(depth: u32) -> Self {
         let depth = depth as usize;
-        Self { lanes: Default::default(), depth, control_depth: depth, bytes: 0, turn: 0, granted: false, bucket: None }
+        Self {
+            lanes: Default::default(),
+            first: Vec::new(),
+            depth,
+            control_depth: depth,
+            bytes: 0,
+            turn: 0,
+            granted: false,
+            bucket: None,
+        }
     }
 
     /// From now on, at most `burst` messages and chunks a second.
@@ -145,10 +156,40 @@ impl Lanes {
         Ok(())
     }
 
+    /// Queues the last frame of a stream behind all of it that waits, whatever its lane: what
+    /// does moves to the slowest, in its order. Taken past the depth, once a stream.
+    pub fn push_last(&mut self, end: Frame) {
+        let interactive = &mut self.lanes[Class::Interactive.index()].frames;
+        let (waiting, others): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(interactive).into_iter().partition(|frame| frame.corr_id == end.corr_id);
+        *interactive = others;
+        self.bytes += end.wire_len();
+        let bulk = &mut self.lanes[Class::Bulk.index()].frames;
+        bulk.extend(waiting);
+        bulk.push_back(end);
+    }
+
+    /// Queues a frame before everything that waits, of any lane. Taken past the depth: its
+    /// pusher bounds how many there are.
+    pub fn push_first(&mut self, frame: Frame) {
+        self.bytes += frame.wire_len();
+        self.first.push(frame);
+    }
+
+    /// What waits of stream `from` belongs to stream `to` from now on, its answers excepted.
+    pub fn relabel(&mut self, from: u64, to: u64) {
+        for frame in self.lanes.iter_mut().flat_map(|lane| &mut lane.frames) {
+            if frame.corr_id == from && !frame.flags.has(Flags::RESP) {
+                frame.corr_id = to;
+            }
+        }
+    }
+
     /// Takes what to send next: frames of at most `budget` bytes in all, or one that is larger.
     pub fn take(&mut self, budget: usize, now: Millis) -> Vec<Frame> {
-        let mut out = Vec::new();
-        let mut spent = 0;
+        let mut out = std::mem::take(&mut self.first);
+        let mut spent = out.iter().map(Frame::wire_len).sum();
+        self.bytes -= spent;
         let mut idle = 0; // turns in a row that had nothing they may send
         while idle < Class::ALL.len() {
             match self.take_turn(budget, now, &mut spent, &mut out) {
@@ -202,7 +243,7 @@ impl Lanes {
     /// Frames queued.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.frames.len()).sum()
+        self.first.len() + self.lanes.iter().map(|lane| lane.frames.len()).sum::<usize>()
     }
 
     /// Whether nothing is queued.
@@ -230,7 +271,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::frame::{AppProto, Flags};
+    use crate::frame::AppProto;
     use crate::identity::TenantId;
 
     fn frame(len: usize) -> Frame {

@@ -287,6 +287,12 @@ impl<K> Session<K> {
         Some(Frame { cap, ..Frame::new(Flags::REQ | Flags::START, app, tenant, corr_id, payload) })
     }
 
+    /// The stream `corr_id`, as it is.
+    #[must_use]
+    pub fn stream(&self, corr_id: u64) -> Option<&Stream<K>> {
+        self.streams.get(&corr_id)
+    }
+
     /// The stream `corr_id`.
     pub fn stream_mut(&mut self, corr_id: u64) -> Option<&mut Stream<K>> {
         self.streams.get_mut(&corr_id)
@@ -295,6 +301,13 @@ impl<K> Session<K> {
     /// Takes the stream `corr_id` off the table.
     pub fn close_stream(&mut self, corr_id: u64) -> Option<Stream<K>> {
         self.streams.remove(&corr_id)
+    }
+
+    /// Stream `from` goes on under the number of a START that was accepted.
+    pub fn move_stream(&mut self, from: u64, to: u64) {
+        if let Some(stream) = self.streams.remove(&from) {
+            self.streams.insert(to, stream);
+        }
     }
 
     /// Every open stream.

@@ -17,6 +17,10 @@ use overlay_core::status::ErrorBody;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, split};
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::locate::TokenFile;
+use super::renewal::{Renewal, Sorted};
+use crate::clock::Clock;
+
 /// From HELLO to its answer.
 pub(super) const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// From a request to its answer.
@@ -153,6 +157,16 @@ pub struct Connection<S> {
     /// The ping that is not answered yet, and when it was sent.
     pinged: Option<(u64, Instant)>,
     next_corr: u64,
+    kept: Option<Kept>,
+}
+
+/// A stream that is renewed as its token's file changes.
+#[derive(Debug)]
+struct Kept {
+    stream: Stream,
+    file: TokenFile,
+    clock: Clock,
+    renewal: Renewal,
 }
 
 impl<S: AsyncRead + AsyncWrite> Connection<S> {
@@ -171,6 +185,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
             heard: Instant::now(),
             pinged: None,
             next_corr: 1,
+            kept: None,
         };
         let hello = Hello { ua: Some(concat!("overlay-daemon/", env!("CARGO_PKG_VERSION")).to_owned()), daemon: None };
         let stream = connection.stream(AppProto::CONTROL, TenantId(0));
@@ -202,18 +217,29 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
         Ok((stream, answer))
     }
 
+    /// From now on `stream`, which was opened with `token`, goes on by whatever token `file`
+    /// comes to hold. The last stream that this is said of is the one that is kept.
+    pub(super) fn keep(&mut self, stream: Stream, token: &Bytes, file: TokenFile) {
+        let clock = Clock::start();
+        let renewal = Renewal::new(stream.corr_id, token.clone(), Instant::now(), clock.unix_ms());
+        self.kept = Some(Kept { stream, file, clock, renewal });
+    }
+
     /// Queues a frame of `stream`.
     ///
     /// # Errors
     /// The queue is full: ask [`Self::has_room`] before each message.
     pub fn send(&mut self, stream: Stream, flags: Flags, payload: Bytes) -> Result<(), ConnectionError> {
-        self.outbox.push(&Frame::new(flags, stream.app, stream.tenant, stream.corr_id, payload))
+        let kept = self.kept.as_ref().filter(|kept| kept.renewal.is_of(stream.corr_id));
+        let corr_id = kept.map_or(stream.corr_id, |kept| kept.renewal.current());
+        self.outbox.push(&Frame::new(flags, stream.app, stream.tenant, corr_id, payload))
     }
 
     /// Whether one more message may be queued, of whatever size.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.outbox.bytes < OUTBOX_BYTES
+        let is_renewing = self.kept.as_ref().is_some_and(|kept| kept.renewal.is_asked());
+        self.outbox.bytes < OUTBOX_BYTES && !is_renewing
     }
 
     /// The next frame that is not a ping's. Everything queued goes out meanwhile.
@@ -308,7 +334,29 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
             self.pinged = None;
             return Ok(None);
         }
-        Ok(Some(frame))
+        let Some(kept) = &mut self.kept else { return Ok(Some(frame)) };
+        match kept.renewal.sort(frame, Instant::now(), kept.clock.unix_ms()) {
+            Sorted::User(frame) => Ok(Some(frame)),
+            Sorted::Ours => Ok(None),
+            Sorted::Refused(refused) => {
+                eprintln!("warning: the stream goes on with its old token: {refused}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Looks at the token's file, and asks for the stream to go on by what it holds.
+    fn renew(&mut self) -> Result<(), ConnectionError> {
+        let corr_id = self.next_corr;
+        let Some(Kept { stream, file, renewal, .. }) = &mut self.kept else { return Ok(()) };
+        let now = Instant::now();
+        // A file that cannot be read now is being written, or will be missed at the expiry.
+        let Some(token) = renewal.handle_time(file.read().ok(), now)? else { return Ok(()) };
+        let open = Open::Renew { stream: renewal.current() };
+        let start = Frame::new(Flags::REQ | Flags::START, stream.app, stream.tenant, corr_id, json(&open));
+        renewal.handle_asked(corr_id, token.clone(), now);
+        self.next_corr = self.next_corr.saturating_add(2);
+        self.outbox.push(&Frame { cap: token, ..start })
     }
 
     /// Reads some, writes some, or lets time pass: whichever comes first.
@@ -319,6 +367,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
             None => self.heard + PING_AFTER,
             Some((_, sent)) => sent.max(self.heard) + (IDLE - PING_AFTER),
         };
+        let renewal = self.kept.as_ref().map(|kept| kept.renewal.due());
         tokio::select! {
             // Writing first, so that a flood of events does not hold an END back; the clock
             // last, so that what has arrived counts before it: the caller may have been busy.
@@ -329,6 +378,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
                 _ => self.heard = Instant::now(),
             },
             () = sleep_until(deadline) => return self.handle_timeout(),
+            () = sleep_until(renewal.unwrap_or(deadline)), if renewal.is_some() => return self.renew(),
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 use super::args::{RemoteArgs, SocketArgs, TargetArgs};
 use super::connection::{Connection, ConnectionError, HELLO_TIMEOUT};
-use super::locate::Surroundings;
+use super::locate::{Surroundings, TokenFile};
 use super::{ClientError, connection};
 use crate::clock::Clock;
 use crate::kms::{self, KmsError};
@@ -98,6 +98,8 @@ pub(super) struct Session {
     pub(super) connection: Connection<Box<dyn Transport>>,
     pub(super) welcome: HelloReply,
     pub(super) token: Bytes,
+    /// Where the token stands: whoever wrote it may write another.
+    pub(super) token_file: TokenFile,
 }
 
 /// A session with the daemon that the options name.
@@ -118,12 +120,14 @@ pub(super) async fn local(args: &SocketArgs) -> Result<Session, ClientError> {
         .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
         .map_err(refused)?;
     // After the socket: where there is none, its missing token is not the news.
-    let token = surroundings.token(args, Some(&path))?;
-    greet(Box::new(stream), path.display().to_string(), token).await
+    let token_file = surroundings.token_file(args, Some(&path))?;
+    let token = token_file.read()?;
+    greet(Box::new(stream), path.display().to_string(), token, token_file).await
 }
 
 async fn remote(address: &str, args: &RemoteArgs, local: &SocketArgs) -> Result<Session, ClientError> {
-    let token = Surroundings::of_process().token(local, None)?;
+    let token_file = Surroundings::of_process().token_file(local, None)?;
+    let token = token_file.read()?;
     // A token is worth something to whoever holds it: it is shown to its audience alone.
     let wanted = args.identity.clone().or_else(|| audience(&token)).ok_or(DialError::Audience)?;
     let file = |path: &Option<PathBuf>| path.as_deref().map(Path::to_owned).unwrap_or_default();
@@ -143,12 +147,17 @@ async fn remote(address: &str, args: &RemoteArgs, local: &SocketArgs) -> Result<
     if !wanted.covers(&dialled.peer) {
         return Err(DialError::Identity { address: address.to_owned(), found: dialled.peer, wanted }.into());
     }
-    greet(Box::new(dialled.stream), address.to_owned(), token).await
+    greet(Box::new(dialled.stream), address.to_owned(), token, token_file).await
 }
 
-async fn greet(stream: Box<dyn Transport>, place: String, token: Bytes) -> Result<Session, ClientError> {
+async fn greet(
+    stream: Box<dyn Transport>,
+    place: String,
+    token: Bytes,
+    token_file: TokenFile,
+) -> Result<Session, ClientError> {
     let (connection, welcome) = Connection::greet(stream).await.map_err(|source| DialError::Hello { place, source })?;
-    Ok(Session { connection, welcome, token })
+    Ok(Session { connection, welcome, token, token_file })
 }
 
 /// Whom a token is for. Not verified here: the daemon does that, and this side only compares

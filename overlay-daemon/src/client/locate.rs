@@ -19,6 +19,8 @@ const IN_POD: &str = "/run/overlay/overlay.sock";
 const SOCKET: &str = "overlay.sock";
 /// The token beside it.
 const TOKEN: &str = "token";
+/// What names that file in an error.
+const BESIDE: &str = "token beside the socket";
 /// `f_type` of tmpfs and ramfs, statfs(2): what lives in memory.
 const MEMORY_BACKED: [u64; 2] = [0x0102_1994, 0x8584_58f6];
 /// Entries of a runtime folder that are looked at.
@@ -119,18 +121,32 @@ impl Surroundings {
         folders
     }
 
-    /// The token for the daemon behind `socket`, or for a remote one.
-    pub(super) fn token(&self, args: &SocketArgs, socket: Option<&Path>) -> Result<Bytes, LocateError> {
+    /// Where the token for the daemon behind `socket`, or for a remote one, stands.
+    pub(super) fn token_file(&self, args: &SocketArgs, socket: Option<&Path>) -> Result<TokenFile, LocateError> {
         if let Some(path) = &args.token_file {
-            return kms::read_token("--token-file", path).map_err(LocateError::Token);
+            return Ok(TokenFile { field: "--token-file", path: path.clone() });
         }
         if let Some(path) = &self.token_file {
-            return kms::read_token("OVERLAY_TOKEN_FILE", Path::new(path)).map_err(LocateError::Token);
+            return Ok(TokenFile { field: "OVERLAY_TOKEN_FILE", path: path.into() });
         }
         let beside = socket.ok_or(LocateError::NoTokenGiven)?.with_file_name(TOKEN);
-        match kms::read_token("token beside the socket", &beside) {
-            Err(KmsError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                Err(LocateError::NoTokenBeside(beside))
+        Ok(TokenFile { field: BESIDE, path: beside })
+    }
+}
+
+/// A file that holds a token, and what named it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct TokenFile {
+    field: &'static str,
+    path: PathBuf,
+}
+
+impl TokenFile {
+    /// The token that it holds now.
+    pub(super) fn read(&self) -> Result<Bytes, LocateError> {
+        match kms::read_token(self.field, &self.path) {
+            Err(KmsError::Read { source, .. }) if self.field == BESIDE && source.kind() == io::ErrorKind::NotFound => {
+                Err(LocateError::NoTokenBeside(self.path.clone()))
             }
             read => read.map_err(LocateError::Token),
         }
@@ -283,22 +299,23 @@ mod tests {
     #[test]
     fn tokens_are_found_in_order() {
         let place = Place::new();
+        let read = |of: &Surroundings, args: &SocketArgs, socket: Option<&Path>| of.token_file(args, socket)?.read();
         let write = |name: &str, text: &str| fs::write(place.path(name), text).unwrap();
         let (socket, none) = (place.path("overlay.sock"), SocketArgs::default());
         let surroundings = place.surroundings();
-        let missing = surroundings.token(&none, Some(&socket)).unwrap_err().to_string();
+        let missing = read(&surroundings, &none, Some(&socket)).unwrap_err().to_string();
         assert!(missing.contains("token") && missing.contains("--token-file"), "{missing}");
-        assert!(matches!(surroundings.token(&none, None), Err(LocateError::NoTokenGiven)));
+        assert!(matches!(read(&surroundings, &none, None), Err(LocateError::NoTokenGiven)));
 
         write("token", "be.si.de\n");
         write("env", "e.n.v");
         write("arg", "a.r.g");
-        assert_eq!(surroundings.token(&none, Some(&socket)).unwrap(), "be.si.de");
+        assert_eq!(read(&surroundings, &none, Some(&socket)).unwrap(), "be.si.de");
         let by_env = Surroundings { token_file: Some(place.path("env").into()), ..surroundings };
-        assert_eq!(by_env.token(&none, Some(&socket)).unwrap(), "e.n.v");
+        assert_eq!(read(&by_env, &none, Some(&socket)).unwrap(), "e.n.v");
         let args = SocketArgs { token_file: Some(place.path("arg")), socket: None };
-        assert_eq!(by_env.token(&args, None).unwrap(), "a.r.g");
+        assert_eq!(read(&by_env, &args, None).unwrap(), "a.r.g");
         write("arg", "no token");
-        assert!(by_env.token(&args, None).unwrap_err().to_string().starts_with("--token-file: "));
+        assert!(read(&by_env, &args, None).unwrap_err().to_string().starts_with("--token-file: "));
     }
 }

@@ -16,6 +16,7 @@ mod input;
 mod locate;
 mod output;
 mod publish;
+mod renewal;
 mod status;
 mod subscribe;
 

@@ -15,6 +15,7 @@ use super::args::PublishArgs;
 use super::connection::{Connection, ConnectionError, Refused, Stream};
 use super::flow::{Flow, Outcome, Outgoing};
 use super::input::{Cut, Input};
+use super::locate::TokenFile;
 use super::{ClientError, dial};
 
 /// At most one note about waiting in so long.
@@ -32,7 +33,8 @@ pub(super) async fn run(args: PublishArgs) -> Result<(), ClientError> {
     // One under way at a time keeps the order: of several, a later one may be accepted while an
     // earlier one is told to wait.
     let max_inflight = if args.unordered { session.welcome.max_inflight } else { 1 };
-    publish(&mut session.connection, &session.token, max_inflight, &job, input, &mut tokio::io::stdout()).await?;
+    let by = By { token: session.token, file: Some(session.token_file), max_inflight };
+    publish(&mut session.connection, by, &job, input, &mut tokio::io::stdout()).await?;
     session.connection.close().await;
     Ok(())
 }
@@ -60,17 +62,27 @@ struct Job {
     quiet: bool,
 }
 
+/// By what it is published.
+struct By {
+    token: Bytes,
+    /// Where another token may come to stand.
+    file: Option<TokenFile>,
+    max_inflight: u32,
+}
+
 /// Publishes all of `input`; ids go to `out`.
 async fn publish<S: AsyncRead + AsyncWrite>(
     connection: &mut Connection<S>,
-    token: &Bytes,
-    max_inflight: u32,
+    by: By,
     job: &Job,
     mut input: Input,
     out: &mut (impl AsyncWrite + Unpin),
 ) -> Result<(), ClientError> {
-    let stream = open(connection, token, job).await?;
-    let mut flow = Flow::new(max_inflight, job.retries);
+    let stream = open(connection, &by.token, job).await?;
+    if let Some(file) = by.file {
+        connection.keep(stream, &by.token, file);
+    }
+    let mut flow = Flow::new(by.max_inflight, job.retries);
     let mut tally = Tally::default();
     let mut more = true;
     loop {

@@ -20,6 +20,7 @@ pub(super) async fn run(args: SubscribeArgs) -> Result<(), ClientError> {
     let mut session = dial::target(&args.target).await?;
     let (connection, token) = (&mut session.connection, &session.token);
     let stream = subscribe(connection, token, args.tenant, args.topics).await?;
+    connection.keep(stream, token, session.token_file.clone());
     let mut subscription = Subscription {
         stream,
         tenant: args.tenant,

@@ -2,7 +2,12 @@
 //! believes. Decides on key exchange, chains, identities and signatures; every primitive is
 //! rustls's, jsonwebtoken's and aws-lc's. Who may peer, and what a token allows, is decided
 //! by its callers and the core.
+//!
+//! What is zeroed when it goes: every file as it was read, a private key as it was parsed, the
+//! token for peers. What is not: the signing key inside aws-lc, which frees it cleansed by its
+//! own rules, and what a token was copied into on its way through a socket's buffers.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
@@ -12,7 +17,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use overlay_core::config;
 use overlay_core::frame::MAX_CAP;
+use overlay_core::grant::TokenKey;
 use overlay_core::identity::SpiffeId;
+use rustls::pki_types::CertificateDer;
 use rustls::{ClientConfig, ServerConfig};
 use zeroize::Zeroizing;
 
@@ -161,6 +168,9 @@ pub struct KeySet {
     audience: SpiffeId,
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
+    authorities: tls::Authorities,
+    /// Tells one bundle of authorities from another.
+    bundle: blake3::Hash,
     token_keys: TokenKeys,
     peer_token: Zeroizing<Vec<u8>>,
     generation: u64,
@@ -183,8 +193,10 @@ impl KeySet {
         match (tls, keys, token) {
             (Ok(tls), Ok(token_keys), Ok(peer_token)) => {
                 let (server, client) = tls.configs().map_err(|e| vec![sources.certificate.invalid(e)])?;
-                let audience = tls.leaf.identity.without_pod();
-                Ok(Self { leaf: tls.leaf, audience, server, client, token_keys, peer_token, generation })
+                let authorities = tls.authorities().map_err(|e| vec![sources.ca.invalid(e)])?;
+                let (audience, bundle) = (tls.leaf.identity.without_pod(), blake3::hash(&ca));
+                let leaf = tls.leaf;
+                Ok(Self { leaf, audience, server, client, authorities, bundle, token_keys, peer_token, generation })
             }
             (tls, keys, token) => Err([tls.err(), keys.err(), token.err()].into_iter().flatten().flatten().collect()),
         }
@@ -220,10 +232,29 @@ impl KeySet {
         &self.client
     }
 
+    /// Whether a chain that a handshake took still leads to an authority of the bundle at
+    /// `unix_ms`. `server` says that it is that of whoever was dialled.
+    #[must_use]
+    pub fn vouches_for(&self, chain: &[CertificateDer<'_>], server: bool, unix_ms: u64) -> bool {
+        self.authorities.vouch(chain, server, unix_ms)
+    }
+
+    /// Which bundle of authorities it has.
+    #[must_use]
+    pub fn bundle(&self) -> blake3::Hash {
+        self.bundle
+    }
+
     /// The token to present to peers.
     #[must_use]
     pub fn peer_token(&self) -> Bytes {
-        Bytes::copy_from_slice(&self.peer_token)
+        zeroed(self.peer_token.clone())
+    }
+
+    /// The keys whose tokens are believed.
+    #[must_use]
+    pub fn token_keys(&self) -> BTreeSet<TokenKey> {
+        self.token_keys.all()
     }
 
     /// Which set it is: each one that replaces another has a higher number.
@@ -259,7 +290,28 @@ pub fn client_config(tls: &config::Tls, unix_ms: u64) -> Result<(Arc<ClientConfi
 pub fn read_token(field: &'static str, path: &Path) -> Result<Bytes, KmsError> {
     let source = Source { field, path };
     let token = parse_token(&source.read()?).map_err(|message| source.invalid(message))?;
-    Ok(Bytes::copy_from_slice(&token))
+    Ok(zeroed(token))
+}
+
+/// Shared bytes that are zeroed when the last of those who share them is gone.
+fn zeroed(secret: Zeroizing<Vec<u8>>) -> Bytes {
+    struct Owner(Zeroizing<Vec<u8>>);
+    impl AsRef<[u8]> for Owner {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+    Bytes::from_owner(Owner(secret))
+}
+
+/// Whether a key of the set at `path` signed `token`; else why it is not believed.
+///
+/// # Errors
+/// The set cannot be read or used.
+pub fn verify_signature(path: &Path, token: &[u8]) -> Result<Result<(), &'static str>, KmsError> {
+    let source = Source { field: "token.keys", path };
+    let keys = TokenKeys::parse(&source.read()?).map_err(|message| source.invalid(message))?;
+    Ok(keys.claims(token).map(|_| ()).map_err(|refusal| refusal.message))
 }
 
 /// A token's text, as far as who merely presents it can judge.

@@ -13,9 +13,10 @@ use super::{Contents, KeySet, KmsError, Sources, Verifier};
 use crate::clock::Clock;
 use crate::metrics::Metrics;
 
-/// How often the files are read again. Contents are compared, not names or times: Kubernetes
-/// swaps a symlink above them, and no watch on the files themselves would see it.
-pub const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the files are read again: a key that is taken away must be gone within a second.
+/// Contents are compared, not names or times: Kubernetes swaps a symlink above them, and no
+/// watch on the files themselves would see it.
+pub const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The keys of a daemon.
 pub struct Keys {
@@ -95,8 +96,14 @@ impl Keys {
         Verifier::new(self.subscribe())
     }
 
-    /// Looks at the files every [`POLL_INTERVAL`], until cancelled.
-    pub async fn watch(self: Arc<Self>, metrics: Arc<Metrics>, clock: Clock, cancel: CancellationToken) {
+    /// Looks at the files every [`POLL_INTERVAL`], and whenever `asked` to, until cancelled.
+    pub async fn watch(
+        self: Arc<Self>,
+        metrics: Arc<Metrics>,
+        clock: Clock,
+        mut asked: watch::Receiver<u64>,
+        cancel: CancellationToken,
+    ) {
         metrics.certificate_expiry(self.current().not_after_ms());
         let mut tick = tokio::time::interval(POLL_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -106,6 +113,8 @@ impl Keys {
             tokio::select! {
                 () = cancel.cancelled() => return,
                 _ = tick.tick() => {}
+                // Who asks wants to hear what is wrong, though it was said before.
+                Ok(()) = asked.changed() => self.forget_refusal(),
             }
             let keys = Arc::clone(&self);
             let Ok(outcome) = tokio::task::spawn_blocking(move || keys.reload(clock.unix_ms())).await else { continue };
@@ -124,6 +133,10 @@ impl Keys {
                 Reload::StillRefused => metrics.key_reload(false),
             }
         }
+    }
+
+    fn forget_refusal(&self) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).refused = None;
     }
 
     /// Looks at the files once. Blocks on them.

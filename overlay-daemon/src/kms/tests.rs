@@ -103,9 +103,9 @@ fn nothing_secret_is_printed() {
     assert_eq!(keys.current().peer_token(), files[4].trim().as_bytes());
 }
 
-/// P-4: one token off at a time.
+/// P-4, K3, K4, K5: one token off at a time.
 #[test]
-fn tokens_that_are_refused() {
+fn k3_k4_k5_tokens_that_are_refused() {
     let (root, other) = (TokenRoot::new(), TokenRoot::new());
     let files = Volume::files(&Authority::new(), &root, LeafOptions::default());
     let keys = load(&Volume::new(&files)).unwrap();
@@ -137,6 +137,13 @@ fn tokens_that_are_refused() {
         let mac = jsonwebtoken::crypto::sign(message.as_bytes(), &key, jsonwebtoken::Algorithm::HS256).unwrap();
         format!("{message}.{mac}")
     };
+    let hs256_pem = {
+        let header = json!({"alg": "HS256", "typ": "JWT", "kid": root.kid}).to_string();
+        let message = format!("{}.{}", base64url(header.as_bytes()), base64url(text.as_bytes()));
+        let key = jsonwebtoken::EncodingKey::from_secret(root.key.public_key_pem().as_bytes());
+        let mac = jsonwebtoken::crypto::sign(message.as_bytes(), &key, jsonwebtoken::Algorithm::HS256).unwrap();
+        format!("{message}.{mac}")
+    };
     let impostor = other.sign(&root.header().to_string(), &text);
     let deep = format!("{{\"aud\":{}{}}}", "[".repeat(600), "]".repeat(600));
     let unreadable = "the token cannot be read";
@@ -151,7 +158,19 @@ fn tokens_that_are_refused() {
         ("not a token", "a.b".into(), Err(unreadable)),
         ("alg none", raw(&json!({"alg": "none", "kid": root.kid}).to_string(), &text), Err(unreadable)),
         ("alg HS256 with the public key", hs256, Err("the token is not signed with EdDSA")),
+        ("alg HS256 with the public key in PEM", hs256_pem, Err("the token is not signed with EdDSA")),
         ("alg ES256", header(json!({"alg": "ES256"})), Err("the token is not signed with EdDSA")),
+        ("alg of no kind", header(json!({"alg": "Ed448"})), Err(unreadable)),
+        ("alg in another case", header(json!({"alg": "eddsa"})), Err(unreadable)),
+        ("alg None", header(json!({"alg": "None"})), Err(unreadable)),
+        ("no alg", raw(&json!({"kid": root.kid}).to_string(), &text), Err(unreadable)),
+        ("alg twice", raw(&format!(r#"{{"alg":"none",{}"#, &root.header().to_string()[1..]), &text), Err(unreadable)),
+        ("kid twice", raw(&format!(r#"{{"kid":"x",{}"#, &root.header().to_string()[1..]), &text), Err(unreadable)),
+        ("unsecured", format!("{}.{}.", base64url(br#"{"alg":"none"}"#), base64url(text.as_bytes())), Err(unreadable)),
+        ("a token in a token", root.sign(&root.header().to_string(), &good), Err(unknown)),
+        ("five parts", format!("{good}.a.b"), Err(unreadable)),
+        ("white space", format!(" {good}"), Err(unreadable)),
+        ("padded", format!("{good}="), Err("the token's signature does not hold")),
         ("no signature", format!("{message}."), Err("the token's signature does not hold")),
         (
             "another signature",
@@ -170,6 +189,9 @@ fn tokens_that_are_refused() {
         ("another typ", header(json!({"typ": "at+jwt"})), Err(members)),
         ("a claim of its own", claims(json!({"roles": []})), Err(unknown)),
         ("a claim of the wrong type", claims(json!({"exp": "never"})), Err(unknown)),
+        ("a claim less", claims(json!({"nbf": null})), Err(unknown)),
+        ("tenants as a number", claims(json!({"tenants": [0]})), Err(unknown)),
+        ("an action of no kind", claims(json!({"actions": ["*"]})), Err(unknown)),
         ("a claim twice", raw(&root.header().to_string(), &doubled), Err(unknown)),
         ("deep", raw(&root.header().to_string(), &deep), Err(unknown)),
         ("expired", claims(json!({"exp": NOW_MS / 1_000})), Err("the token has expired")),
@@ -184,6 +206,77 @@ fn tokens_that_are_refused() {
     for (case, token, want) in table {
         assert_eq!(verify(&token), want.map_err(|message| (Status::Unauthorized, message)), "{case}");
     }
+}
+
+/// K3: every other algorithm that JWT knows, by name, over our key's own signature.
+#[test]
+fn k3_every_other_algorithm_is_refused() {
+    let root = TokenRoot::new();
+    let keys = load(&Volume::new(&Volume::files(&Authority::new(), &root, LeafOptions::default()))).unwrap();
+    let verifier = keys.verifier();
+    for alg in [
+        "none",
+        "HS256",
+        "HS384",
+        "HS512",
+        "RS256",
+        "RS384",
+        "RS512",
+        "PS256",
+        "PS384",
+        "PS512",
+        "ES256",
+        "ES384",
+        "ES512",
+        "ES256K",
+        "Ed25519",
+        "Ed448",
+        "ML-DSA-65",
+        "dir",
+        "A256GCM",
+        "",
+        " EdDSA",
+    ] {
+        let header = json!({"alg": alg, "typ": "JWT", "kid": root.kid}).to_string();
+        let token = root.sign(&header, &local_claims().to_string());
+        let refusal = verifier.verify(token.as_bytes(), &Holder::Local, NOW_MS).unwrap_err();
+        assert_eq!(refusal.status, Status::Unauthorized, "{alg}");
+    }
+}
+
+/// K6: what is too long is refused by its length, unread: a token of 64 KiB and one of 10,000
+/// claims, though properly signed, are never parsed, and at the bound itself what is parsed is
+/// the bound.
+#[test]
+fn k6_a_token_past_its_bound_is_not_parsed() {
+    let root = TokenRoot::new();
+    let keys = load(&Volume::new(&Volume::files(&Authority::new(), &root, LeafOptions::default()))).unwrap();
+    let verifier = keys.verifier();
+    let verify = |token: &str| verifier.verify(token.as_bytes(), &Holder::Local, NOW_MS).map_err(|r| r.message);
+    let padded = |claims: Value| root.mint(&claims);
+    let with = |name: &str, value: Value| {
+        let mut claims = local_claims();
+        claims[name] = value;
+        claims
+    };
+    let many: serde_json::Map<_, _> = (0..10_000).map(|n| (format!("c{n}"), json!(n))).collect();
+    let deep = format!("{{\"aud\":{}{}}}", "[".repeat(20_000), "]".repeat(20_000));
+    for long in [
+        padded(with("topics", json!(["a".repeat(48_000)]))),
+        padded(Value::Object(many)),
+        root.sign(&root.header().to_string(), &deep),
+        "a".repeat(65_535),
+    ] {
+        assert!(long.len() > overlay_core::frame::MAX_CAP);
+        assert_eq!(verify(&long).unwrap_err(), "the token is too long");
+    }
+    // Signed and 2,048 bytes at the most: the deepest and the widest that there is.
+    let nested = format!("{{\"aud\":{}{}}}", "[".repeat(650), "]".repeat(650));
+    let wide = padded(with("topics", json!(vec!["a"; 200])));
+    let signed = root.sign(&root.header().to_string(), &nested);
+    assert!(signed.len() <= 2_048 && wide.len() <= 2_048, "{} {}", signed.len(), wide.len());
+    assert_eq!(verify(&signed).unwrap_err(), "the token's claims cannot be read");
+    assert_eq!(verify(&wide).unwrap_err(), "the token lists too much");
 }
 
 /// The audience is the OverlayNode's, whichever pod's certificate the daemon holds.
@@ -232,6 +325,80 @@ fn keys_are_replaced_whole_or_not_at_all() {
     assert!(known(&next));
 }
 
+/// T6: each file broken in turn on reload: the old set stays and works, what is wrong is said
+/// once, with the field, and the good file is taken when it comes.
+#[test]
+fn t6_a_broken_reload_keeps_the_old() {
+    let (authority, other, root) = (Authority::new(), Authority::new(), TokenRoot::new());
+    let good = Volume::files(&authority, &root, LeafOptions::default());
+    let expired = Volume::files(&authority, &root, LeafOptions { until_year: 2020, ..Default::default() });
+    let half = |text: &str| text[..text.len() / 2].to_owned();
+    let with = |index: usize, text: String| {
+        let mut files = good.clone();
+        files[index] = text;
+        files
+    };
+    let private = json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "kid": "x", "x": "AAAA", "d": "AAAA"}]});
+    for (case, files, field) in [
+        ("half a certificate", with(0, half(&good[0])), "tls.certificate: "),
+        ("no certificate", with(0, String::new()), "tls.certificate: "),
+        ("an expired certificate", expired, "tls.certificate: "),
+        ("another authority's certificate", with(0, other.leaf(LeafOptions::default()).0), "tls.certificate: "),
+        ("half a key", with(1, half(&good[1])), "tls.key: "),
+        ("another's key", with(1, other.leaf(LeafOptions::default()).1), "tls.key: "),
+        ("a certificate for a key", with(1, good[0].clone()), "tls.key: "),
+        ("half a bundle", with(2, half(&good[2])), "tls.ca: "),
+        ("an empty bundle", with(2, String::new()), "tls.ca: "),
+        ("a bundle that does not vouch for us", with(2, other.pem.clone()), "tls.certificate: "),
+        ("half a key set", with(3, half(&good[3])), "token.keys: "),
+        ("an empty key set", with(3, r#"{"keys":[]}"#.into()), "token.keys: "),
+        ("a private key", with(3, private.to_string()), "token.keys: "),
+        ("half a token", with(4, half(&good[4])), "token.file: "),
+        ("no token", with(4, String::new()), "token.file: "),
+    ] {
+        let mut volume = Volume::new(&good);
+        let keys = load(&volume).unwrap();
+        let before = keys.current();
+        let known = || keys.verifier().verify(good[4].trim().as_bytes(), &Holder::Local, NOW_MS).is_ok();
+        volume.swap(&files);
+        let Reload::Refused(errors) = keys.reload(NOW_MS) else { panic!("{case}") };
+        let said: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        assert!(said.len() == 1 && said[0].starts_with(field), "{case}: {said:?}");
+        assert!(matches!(keys.reload(NOW_MS), Reload::StillRefused), "{case}: said once");
+        assert!(std::sync::Arc::ptr_eq(&before, &keys.current()) && known(), "{case}: the old one stays");
+        volume.swap(&good);
+        assert!(matches!(keys.reload(NOW_MS), Reload::Unchanged), "{case}");
+        volume.swap(&Volume::files(&authority, &root, LeafOptions::default()));
+        assert!(matches!(keys.reload(NOW_MS), Reload::Replaced) && known(), "{case}: and a good one replaces it");
+    }
+}
+
+/// A chain that was believed is judged again by another bundle, for either side's usage.
+#[test]
+fn a_chain_whose_authority_leaves_the_bundle_is_believed_no_longer() {
+    use rustls::pki_types::CertificateDer;
+    use rustls::pki_types::pem::PemObject;
+    let (authority, next, root) = (Authority::new(), Authority::new(), TokenRoot::new());
+    let mut files = Volume::files(&authority, &root, LeafOptions::default());
+    let (old, _) = authority.leaf(LeafOptions::default());
+    let chain = [CertificateDer::from_pem_slice(old.as_bytes()).unwrap()];
+    let mut volume = Volume::new(&files);
+    let keys = load(&volume).unwrap();
+    let first = keys.current().bundle();
+    let vouched = |at| [true, false].map(|server| keys.current().vouches_for(&chain, server, at));
+    assert_eq!(vouched(NOW_MS), [true, true]);
+    files[2] = format!("{}{}", authority.pem, next.pem);
+    volume.swap(&files);
+    assert!(matches!(keys.reload(NOW_MS), Reload::Replaced));
+    assert!(keys.current().bundle() != first && vouched(NOW_MS) == [true, true], "while both are there");
+    (files[0], files[1]) = next.leaf(LeafOptions::default());
+    files[2] = next.pem.clone();
+    volume.swap(&files);
+    assert!(matches!(keys.reload(NOW_MS), Reload::Replaced));
+    assert_eq!(vouched(NOW_MS), [false, false]);
+    assert!(!keys.current().vouches_for(&[], true, NOW_MS));
+}
+
 /// The task that looks notices a swapped volume, and says what it did. Time is paused.
 #[tokio::test(start_paused = true)]
 async fn a_swapped_volume_is_noticed() {
@@ -244,15 +411,21 @@ async fn a_swapped_volume_is_noticed() {
     let metrics = std::sync::Arc::new(crate::metrics::Metrics::new(true, "").unwrap());
     let mut changes = keys.subscribe();
     let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn(std::sync::Arc::clone(&keys).watch(std::sync::Arc::clone(&metrics), clock, cancel.clone()));
+    let (asked, is_asked) = tokio::sync::watch::channel(0);
+    tasks.spawn(std::sync::Arc::clone(&keys).watch(std::sync::Arc::clone(&metrics), clock, is_asked, cancel.clone()));
     volume.swap(&files());
     changes.changed().await.unwrap();
     assert_eq!(changes.borrow_and_update().generation(), 2);
     assert!(clock.now().0 < 2 * POLL_INTERVAL.as_millis() as u64, "{:?}", clock.now());
+    let before = clock.now();
+    volume.swap(&files());
+    asked.send_replace(1);
+    changes.changed().await.unwrap();
+    assert_eq!((changes.borrow_and_update().generation(), clock.now()), (3, before), "asked to, it looks at once");
     cancel.cancel();
     tasks.join_next().await.unwrap().unwrap();
     let text = String::from_utf8(metrics.render().unwrap()).unwrap();
-    assert!(text.contains("overlay_key_reloads_total{result=\"ok\",amnesia=\"on\"} 1"), "{text}");
+    assert!(text.contains("overlay_key_reloads_total{result=\"ok\",amnesia=\"on\"} 2"), "{text}");
     assert!(text.contains("overlay_certificate_expiry_timestamp_seconds{amnesia=\"on\"} 13569465600"), "{text}");
 }
 

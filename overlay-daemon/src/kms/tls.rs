@@ -115,11 +115,23 @@ impl Material {
         Ok((self.server()?, self.client()?))
     }
 
+    /// Whom the bundle vouches for.
+    pub(super) fn authorities(&self) -> Result<Authorities, ConfigurationError> {
+        Ok(Authorities { clients: self.clients()?, servers: self.servers() })
+    }
+
+    fn clients(&self) -> Result<Arc<dyn ClientCertVerifier>, ConfigurationError> {
+        WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider))
+            .build()
+            .map_err(|error| ConfigurationError(error.to_string()))
+    }
+
+    fn servers(&self) -> ChainVerifier {
+        ChainVerifier { roots: Arc::clone(&self.roots), provider: Arc::clone(&self.provider) }
+    }
+
     fn server(&self) -> Result<Arc<ServerConfig>, ConfigurationError> {
-        let verifier: Arc<dyn ClientCertVerifier> =
-            WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider))
-                .build()
-                .map_err(|error| ConfigurationError(error.to_string()))?;
+        let verifier = self.clients()?;
         let mut config = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(&[&TLS13])
             .map_err(|error| ConfigurationError(error.to_string()))?
@@ -134,7 +146,7 @@ impl Material {
 
     /// For dialling.
     pub(super) fn client(&self) -> Result<Arc<ClientConfig>, ConfigurationError> {
-        let verifier = ChainVerifier { roots: Arc::clone(&self.roots), provider: Arc::clone(&self.provider) };
+        let verifier = self.servers();
         let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(&[&TLS13])
             .map_err(|error| ConfigurationError(error.to_string()))?
@@ -223,6 +235,26 @@ fn describe(error: &Error) -> String {
         Error::InvalidCertificate(Expired | ExpiredContext { .. }) => "has expired".to_owned(),
         Error::InvalidCertificate(NotValidYet | NotValidYetContext { .. }) => "is not valid yet".to_owned(),
         error => format!("cannot be used: {error}"),
+    }
+}
+
+/// The authorities of a bundle, as they judge who has shown a certificate already.
+pub(super) struct Authorities {
+    clients: Arc<dyn ClientCertVerifier>,
+    servers: ChainVerifier,
+}
+
+impl Authorities {
+    /// Whether a chain that a handshake took still leads to one of them at `unix_ms`. `server`
+    /// says whose it is: that of whoever was dialled, or of whoever dialled.
+    pub(super) fn vouch(&self, chain: &[CertificateDer<'_>], server: bool, unix_ms: u64) -> bool {
+        let now = UnixTime::since_unix_epoch(Duration::from_millis(unix_ms));
+        let Some((leaf, intermediates)) = chain.split_first() else { return false };
+        if server {
+            verify_leaf(leaf, intermediates, &self.servers.roots, now, &self.servers.provider).is_ok()
+        } else {
+            self.clients.verify_client_cert(leaf, intermediates, now).is_ok()
+        }
     }
 }
 

@@ -1,14 +1,14 @@
 //! Capability tokens: whether one was signed by a key that is believed. What it then allows is
 //! `overlay_core::grant`'s to say. Nothing here can mint.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use jsonwebtoken::{Algorithm, DecodingKey, Header, Validation, decode, decode_header};
 use lru::LruCache;
 use overlay_core::frame::MAX_CAP;
-use overlay_core::grant::{Claims, Grant, Holder};
+use overlay_core::grant::{Claims, Grant, Holder, SignedBy, TokenKey};
 use overlay_core::status::{Refusal, Status};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -18,14 +18,15 @@ use super::KeySet;
 
 /// Keys that the set may hold.
 pub const MAX_TOKEN_KEYS: usize = 64;
-/// Bytes of an Ed25519 public key.
-const ED25519_LEN: usize = 32;
 /// Tokens whose signature is remembered, at most 4 KiB each: past it, the one that was shown
 /// least recently is verified anew when it comes back.
 const CACHED_TOKENS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(4_095);
 
 /// The public keys whose tokens are believed, by key id.
-pub(super) struct TokenKeys(HashMap<String, DecodingKey>);
+pub(super) struct TokenKeys(HashMap<String, (TokenKey, DecodingKey)>);
+
+/// Claims, and the key that signed them.
+type Signed = (Arc<Claims>, TokenKey);
 
 /// A JSON Web Key Set (RFC 7517), as much of it as is used.
 #[derive(Deserialize)]
@@ -65,8 +66,13 @@ impl TokenKeys {
         Ok(Self(keys))
     }
 
+    /// Every key.
+    pub(super) fn all(&self) -> BTreeSet<TokenKey> {
+        self.0.values().map(|(key, _)| *key).collect()
+    }
+
     /// The claims of `token` if one of these keys signed it.
-    fn claims(&self, token: &[u8]) -> Result<Claims, Refusal> {
+    pub(super) fn claims(&self, token: &[u8]) -> Result<Signed, Refusal> {
         let no = |message| Refusal::new(Status::Unauthorized, message);
         let header = decode_header(token).map_err(|_| no("the token cannot be read"))?;
         if header.alg != Algorithm::EdDSA {
@@ -76,7 +82,7 @@ impl TokenKeys {
             return Err(no("the token's header has members that are not understood"));
         }
         let key = header.kid.and_then(|kid| self.0.get(&kid));
-        let key = key.ok_or_else(|| no("the token's key is not known"))?;
+        let (id, key) = key.ok_or_else(|| no("the token's key is not known"))?;
         let mut validation = Validation::new(Algorithm::EdDSA);
         // Audience, holder and time are the grant's, by the daemon's own clock.
         validation.required_spec_claims.clear();
@@ -90,7 +96,7 @@ impl TokenKeys {
                 _ => no("the token's claims cannot be read"),
             }
         })?;
-        Ok(token.claims)
+        Ok((Arc::new(token.claims), *id))
     }
 }
 
@@ -111,7 +117,7 @@ fn plain(header: &Header) -> bool {
 }
 
 impl Jwk {
-    fn decode(self) -> Result<(String, DecodingKey), String> {
+    fn decode(self) -> Result<(String, (TokenKey, DecodingKey)), String> {
         if self.d.is_some() {
             return Err("is a private key; a daemon takes public keys only".into());
         }
@@ -123,7 +129,7 @@ impl Jwk {
         let kid = self.kid.filter(|kid| (1..=128).contains(&kid.len()));
         let kid = kid.ok_or_else(|| "\"kid\" must be 1 to 128 bytes".to_owned())?;
         let key = DecodingKey::from_ed_components(self.x.as_deref().unwrap_or_default()).ok();
-        let key = key.filter(|key| key.try_get_as_bytes().is_ok_and(|bytes| bytes.len() == ED25519_LEN));
+        let key = key.and_then(|key| Some((TokenKey(key.try_get_as_bytes().ok()?.try_into().ok()?), key)));
         Ok((kid, key.ok_or_else(|| "\"x\" must be 32 bytes in base64url".to_owned())?))
     }
 }
@@ -139,13 +145,19 @@ pub struct Verifier {
 
 struct Cache {
     generation: u64,
-    claims: LruCache<blake3::Hash, Claims>,
+    claims: LruCache<blake3::Hash, Signed>,
 }
 
 impl Verifier {
     pub(super) fn new(keys: watch::Receiver<Arc<KeySet>>) -> Self {
         let cache = Cache { generation: 0, claims: LruCache::new(CACHED_TOKENS) };
         Self { keys, cache: Arc::new(Mutex::new(cache)) }
+    }
+
+    /// The keys that it follows.
+    #[must_use]
+    pub fn keys(&self) -> watch::Receiver<Arc<KeySet>> {
+        self.keys.clone()
     }
 
     /// What `cap` grants to `holder` at `unix_ms`, milliseconds since 1970.
@@ -161,10 +173,11 @@ impl Verifier {
             return Err(Refusal::new(Status::Unauthorized, "the token is too long"));
         }
         let keys = Arc::clone(&self.keys.borrow());
-        Grant::new(self.claims(&keys, cap)?, keys.audience(), holder, unix_ms)
+        let (claims, key) = self.claims(&keys, cap)?;
+        Grant::new(claims, SignedBy { key, generation: keys.generation() }, keys.audience(), holder, unix_ms)
     }
 
-    fn claims(&self, keys: &KeySet, cap: &[u8]) -> Result<Claims, Refusal> {
+    fn claims(&self, keys: &KeySet, cap: &[u8]) -> Result<Signed, Refusal> {
         let id = blake3::hash(cap);
         {
             let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);

@@ -55,7 +55,7 @@ impl Bench {
         self.tasks.spawn(async move {
             let handshake_ends = context.clock.now().after(3_000);
             let opening = Opening { holder: Holder::Local, dialled: None, group: "none", handshake_ends };
-            context.run(theirs, opening, None, None).await;
+            context.run(theirs, opening, None, std::future::pending()).await;
         });
         Client { stream: ours, inbox: BytesMut::new() }
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use overlay_core::config::Overlay;
 use overlay_core::identity::SpiffeId;
 use overlay_core::status::Reason;
+use rustls::pki_types::CertificateDer;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -94,6 +95,8 @@ pub struct Connection {
     pub stream: TlsStream<TcpStream>,
     /// Who the certificate says it is. The caller decides whether that is who it wants.
     pub peer: SpiffeId,
+    /// The certificate, and what came with it: it may lose its authority while the session lives.
+    pub chain: Vec<CertificateDer<'static>>,
     /// When that certificate ceases to be valid, milliseconds since 1970.
     pub peer_not_after_ms: u64,
     /// What the key exchange agreed on.
@@ -111,7 +114,8 @@ impl Connection {
         }
         let leaf = Leaf::of_chain(tls.peer_certificates())?;
         let group = KeyExchangeGroup::of(tls).ok_or(HandshakeError::KeyExchange)?;
-        Ok(Self { stream, peer: leaf.identity, peer_not_after_ms: leaf.not_after_ms, group, deadline })
+        let chain = tls.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect();
+        Ok(Self { stream, peer: leaf.identity, chain, peer_not_after_ms: leaf.not_after_ms, group, deadline })
     }
 }
 

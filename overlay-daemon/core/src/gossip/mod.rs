@@ -151,6 +151,13 @@ impl Engine {
         self.announce_at.get_or_insert(now);
     }
 
+    /// Some of what was sent over a link was dropped at its other end: all that is held is
+    /// announced to it anew.
+    pub fn handle_dropped(&mut self, link: LinkId, now: Millis) {
+        self.store.forget_link(link);
+        self.handle_tenant_up(link, now);
+    }
+
     /// A link is gone, with all it had queued.
     pub fn handle_link_down(&mut self, link: LinkId) {
         self.links.remove(link);

@@ -40,15 +40,28 @@ pub(super) struct Remote {
     pub(super) link: LinkId,
     /// Our gossip streams to it that were accepted.
     pub(super) streams: BTreeMap<TenantId, u64>,
+    /// A renewal of one of them was refused: when to ask again.
+    pub(super) renew_at: Option<Millis>,
 }
 
 /// What a stream is for.
 #[derive(Debug)]
 pub(super) enum Kind {
-    Publish { topic: Topic, grant: Box<Grant>, upload: Upload },
-    Subscribe { topics: Vec<Topic>, missed: u32 },
+    Publish {
+        topic: Topic,
+        grant: Box<Grant>,
+        upload: Upload,
+    },
+    Subscribe {
+        topics: Vec<Topic>,
+        missed: u32,
+    },
     GossipIn,
-    GossipOut,
+    /// One of ours, by our token of that number; `renews` names the stream that it takes over.
+    GossipOut {
+        token: u64,
+        renews: Option<u64>,
+    },
 }
 
 /// A publisher's chunked message.

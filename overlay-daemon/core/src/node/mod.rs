@@ -2,15 +2,18 @@
 //! and when to look again. The shell feeds it frames and the time, and moves what it gives.
 //!
 //! Reading order: `entry` (one session's place here), `peers` (who is a peer, links), `streams`
-//! (what a START opens), `pubsub` (publish, subscribe, delivery), `pace` (windows, budgets,
-//! delays), `report` (its state).
+//! (what a START opens), `tokens` (when it ends by its token), `renewal` (how it goes on by
+//! another), `pubsub` (publish, subscribe, delivery), `pace` (windows, budgets, delays),
+//! `report` (its state).
 
 mod entry;
 mod pace;
 mod peers;
 mod pubsub;
+mod renewal;
 mod report;
 mod streams;
+mod tokens;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -32,6 +35,7 @@ use crate::status::{Reason, Refusal, Status};
 
 use entry::{Entry, Kind, Party, Wire};
 use pubsub::Subscriptions;
+use tokens::{Believed, Leases};
 
 /// A session, for as long as the process lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -94,6 +98,10 @@ pub struct Node {
     hello: DaemonHello,
     /// What START frames to peers carry.
     token: Bytes,
+    /// Which of them it is: each replaces the one before.
+    token_generation: u64,
+    believed: Believed,
+    leases: Leases,
     sessions: BTreeMap<SessionId, Entry>,
     links: BTreeMap<LinkId, SessionId>,
     /// Sessions whose peer is no longer configured, and until when they may go on.
@@ -135,6 +143,9 @@ impl Node {
             places: Places::new(&peers.peers),
             identity,
             token: Bytes::new(),
+            token_generation: 0,
+            believed: Believed::default(),
+            leases: Leases::default(),
             sessions: BTreeMap::new(),
             links: BTreeMap::new(),
             leaving: BTreeMap::new(),
@@ -148,11 +159,6 @@ impl Node {
             jitter: Jitter::new(incarnation.0),
             housekeeping_at: now.after(HOUSEKEEPING_MS),
         }
-    }
-
-    /// From now on, STARTs to peers carry this token.
-    pub fn handle_token(&mut self, token: Bytes) {
-        self.token = token;
     }
 
     /// Other limits and caps from now on; only what [`DaemonConfig::with_live`] takes from
@@ -215,6 +221,7 @@ impl Node {
         }
         self.leaving.remove(&id);
         self.subscriptions.remove_session(id, &entry);
+        self.leases.remove_session(id);
         entry.session.close();
         self.quota.leave(entry.quota.inflight());
         self.unlink(id, &entry);
@@ -339,7 +346,9 @@ impl Node {
             self.refuse_stalled_uploads(now);
             self.back_off_under_pressure(now);
             self.close_leaving(now);
+            self.renew_again(now);
         }
+        self.end_expired(clock);
         let mut wire = Wire::new(&mut self.sessions, &self.links, &mut self.sendable);
         self.engine.handle_timeout(now, &mut wire);
     }
@@ -353,7 +362,10 @@ impl Node {
                 return;
             }
             Ok(Tick::Ping(frame)) => self.push(id, Class::Control, frame),
-            Ok(Tick::Resume) => self.open_gossip(id),
+            Ok(Tick::Resume) => {
+                self.open_gossip(id);
+                self.renew_gossip(id);
+            }
             Ok(Tick::Spent) => return self.close_when_sent(id), // and no deadline any more
             Ok(Tick::Nothing) => {}
         }
@@ -364,7 +376,8 @@ impl Node {
     /// When [`Self::handle_timeout`] has something to do next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Millis> {
-        [self.deadlines.first().map(|(at, _)| *at), self.engine.poll_timeout(), Some(self.housekeeping_at)]
+        let deadline = self.deadlines.first().map(|(at, _)| *at);
+        [deadline, self.leases.poll_timeout(), self.engine.poll_timeout(), Some(self.housekeeping_at)]
             .into_iter()
             .flatten()
             .min()

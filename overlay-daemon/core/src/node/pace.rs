@@ -46,7 +46,7 @@ impl Node {
         let held = match &stream.kind {
             Kind::Publish { upload: Upload::Open { bytes, .. }, .. } => *bytes,
             Kind::Publish { .. } | Kind::GossipIn => 0,
-            Kind::Subscribe { .. } | Kind::GossipOut => return,
+            Kind::Subscribe { .. } | Kind::GossipOut { .. } => return,
         };
         let window = u32::try_from(MAX_BODY.saturating_sub(held)).unwrap_or(u32::MAX);
         self.count_useless(id);

@@ -6,17 +6,24 @@ use std::collections::BTreeSet;
 use super::{Clock, Entry, Kind, Node, Output, Party, SessionId, Wire};
 use crate::Millis;
 use crate::config::{Peer, Places};
-use crate::control::{DaemonHello, Open, json};
+use crate::control::{DaemonHello, Open, json, parse};
 use crate::frame::{AppProto, Flags, Frame};
 use crate::gossip::MAX_LINKS;
 use crate::grant::Holder;
 use crate::identity::SpiffeId;
 use crate::lanes::Class;
 use crate::session::Role;
-use crate::status::{Reason, Status};
+use crate::status::{ErrorBody, Reason, Status};
 
 /// After a refusal that names no time, a gossip stream is asked for again.
 const REFUSED_MS: u64 = 10_000;
+
+/// Milliseconds to wait after this refusal.
+pub(super) fn wait_ms(refusal: &Frame) -> u64 {
+    let soon = refusal.code == Status::QuotaExhausted.code() || refusal.code == Status::Unavailable.code();
+    let wait = parse::<ErrorBody>(&refusal.payload).and_then(|body| body.retry_after_ms);
+    wait.filter(|_| soon).unwrap_or(if soon { 1_000 } else { REFUSED_MS }).clamp(100, 60_000)
+}
 
 impl Node {
     /// HELLO was exchanged: a daemon that is configured becomes a link, anyone else a client.
@@ -64,6 +71,7 @@ impl Node {
                 configured,
                 link,
                 streams: std::collections::BTreeMap::new(),
+                renew_at: None,
             });
         }
         self.outputs.extend(configured.map(|peer| Output::Peer { peer, up: true }));
@@ -201,12 +209,14 @@ impl Node {
         for tenant in self.config.overlay.tenants.clone() {
             let Some(entry) = self.sessions.get_mut(&id) else { return };
             let Some(remote) = entry.remote() else { return };
-            let asked = entry.session.streams().any(|(_, s)| s.tenant == tenant && matches!(s.kind, Kind::GossipOut));
+            let ours = |kind: &Kind| matches!(kind, Kind::GossipOut { .. });
+            let asked = entry.session.streams().any(|(_, s)| s.tenant == tenant && ours(&s.kind));
             if asked || remote.streams.contains_key(&tenant) {
                 continue;
             }
             let open = json(&Open::Gossip {});
-            let start = entry.session.open_ours(AppProto::GOSSIP, tenant, token.clone(), open, Kind::GossipOut);
+            let kind = Kind::GossipOut { token: self.token_generation, renews: None };
+            let start = entry.session.open_ours(AppProto::GOSSIP, tenant, token.clone(), open, kind);
             let Some(start) = start else { return self.close_when_sent(id) };
             self.push(id, Class::Control, start);
         }
@@ -216,31 +226,43 @@ impl Node {
     pub(super) fn answered(&mut self, id: SessionId, frame: &Frame, clock: Clock) {
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let tenant = frame.tenant;
-        let ends = frame.flags.has(Flags::END);
-        if frame.code == 200 && !ends {
-            entry.backoff.handle_success();
-            let Some(remote) = entry.remote_mut() else { return };
-            if remote.streams.insert(tenant, frame.corr_id).is_some() {
-                return; // said before: what is held is not announced anew for it
+        let renews = entry.session.stream(frame.corr_id).and_then(|stream| match stream.kind {
+            Kind::GossipOut { renews, .. } => renews,
+            _ => None,
+        });
+        let is_current = entry.remote().is_some_and(|remote| remote.streams.get(&tenant) == Some(&frame.corr_id));
+        match (frame.code, frame.flags.has(Flags::END), renews) {
+            // What another stream took over has ended.
+            (200, true, None) if !is_current => drop(entry.session.close_stream(frame.corr_id)),
+            (200, false, Some(_)) => self.renewed(id, frame.corr_id),
+            (200, false, None) => {
+                entry.backoff.handle_success();
+                let Some(remote) = entry.remote_mut() else { return };
+                if remote.streams.insert(tenant, frame.corr_id).is_some() {
+                    return; // said before: what is held is not announced anew for it
+                }
+                let link = remote.link;
+                self.engine.handle_tenant_up(link, clock.now);
+                self.renew_gossip(id);
             }
-            let link = remote.link;
-            self.engine.handle_tenant_up(link, clock.now);
-            return;
+            // About a frame, and gossip asks for no answers.
+            (_, false, None) if is_current || frame.code < Status::BadRequest.code() => {}
+            (_, _, Some(old)) => self.renewal_refused(id, frame, old, clock),
+            (_, _, None) => self.gossip_refused(id, frame, clock),
         }
-        let accepted = entry.remote().is_some_and(|remote| remote.streams.get(&tenant) == Some(&frame.corr_id));
-        if !ends && (accepted || frame.code < Status::BadRequest.code()) {
-            return; // about a frame, and gossip asks for no answers
-        }
+    }
+
+    fn gossip_refused(&mut self, id: SessionId, frame: &Frame, clock: Clock) {
+        let Some(entry) = self.sessions.get_mut(&id) else { return };
         entry.session.close_stream(frame.corr_id);
-        if let Some(remote) = entry.remote_mut().filter(|_| accepted) {
-            remote.streams.remove(&tenant);
+        if let Some(remote) = entry.remote_mut()
+            && remote.streams.get(&frame.tenant) == Some(&frame.corr_id)
+        {
+            remote.streams.remove(&frame.tenant);
         }
         // Other refusals may pass too: the peer may not have the keys of a new token yet. A
         // session without its stream would count as a peer and carry nothing.
-        let soon = frame.code == Status::QuotaExhausted.code() || frame.code == Status::Unavailable.code();
-        let body = crate::control::parse::<crate::status::ErrorBody>(&frame.payload);
-        let asked = body.and_then(|body| body.retry_after_ms).filter(|_| soon);
-        self.back_off(id, asked.unwrap_or(if soon { 0 } else { REFUSED_MS }), clock.now);
+        self.back_off(id, wait_ms(frame), clock.now);
     }
 
     /// Closes a session without waiting for what it has queued.

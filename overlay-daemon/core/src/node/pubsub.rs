@@ -40,6 +40,14 @@ impl Subscriptions {
         }
     }
 
+    /// The subscription `from` of a session goes on as `to`, in its place.
+    pub(super) fn rename(&mut self, id: SessionId, tenant: TenantId, (from, to): (u64, u64), topics: &[Topic]) {
+        for topic in topics {
+            let subscribers = self.0.get_mut(&(tenant, topic.clone())).into_iter().flatten();
+            subscribers.filter(|subscriber| **subscriber == (id, from)).for_each(|subscriber| subscriber.1 = to);
+        }
+    }
+
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -131,7 +139,7 @@ impl Node {
     fn set_upload(&mut self, id: SessionId, corr_id: u64, next: Upload) -> Option<Upload> {
         match &mut self.sessions.get_mut(&id)?.session.stream_mut(corr_id)?.kind {
             Kind::Publish { upload, .. } => Some(std::mem::replace(upload, next)),
-            Kind::Subscribe { .. } | Kind::GossipIn | Kind::GossipOut => None,
+            Kind::Subscribe { .. } | Kind::GossipIn | Kind::GossipOut { .. } => None,
         }
     }
 
@@ -297,24 +305,15 @@ impl Node {
     /// Draining: every subscription ends, after what it already has queued.
     pub(super) fn end_subscriptions(&mut self) {
         let refusal = Refusal::later(Status::Unavailable, "the daemon is stopping", 1_000);
-        let open: Vec<(SessionId, u64, TenantId)> = self
+        let open: Vec<(SessionId, u64)> = self
             .sessions
             .iter()
             .flat_map(|(id, entry)| entry.session.streams().map(move |(corr_id, stream)| (*id, corr_id, stream)))
             .filter(|(_, _, stream)| matches!(stream.kind, Kind::Subscribe { .. }))
-            .map(|(id, corr_id, stream)| (id, corr_id, stream.tenant))
+            .map(|(id, corr_id, _)| (id, corr_id))
             .collect();
-        self.subscriptions = Subscriptions::default();
-        for (id, corr_id, tenant) in open {
-            if let Some(entry) = self.sessions.get_mut(&id) {
-                entry.session.close_stream(corr_id);
-            }
-            let end = Frame {
-                code: refusal.status.code(),
-                ..Frame::new(Flags::RESP | Flags::END, AppProto::PUBSUB, tenant, corr_id, refusal.body(corr_id))
-            };
-            // Behind the events, in the lane of the slowest of them.
-            self.push(id, Class::Bulk, end);
+        for (id, corr_id) in open {
+            self.cut(id, corr_id, &refusal);
         }
     }
 }

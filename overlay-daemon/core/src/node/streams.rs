@@ -11,11 +11,13 @@ use crate::status::{Reason, Refusal, Status};
 
 impl Node {
     pub(super) fn start(&mut self, id: SessionId, start: &Frame, grant: Option<Result<Grant, Refusal>>, clock: Clock) {
+        let lease = grant.as_ref().and_then(|grant| grant.as_ref().ok()).map(Grant::lease);
         match self.open(id, start, grant, clock) {
             Ok(Some(kind)) => {
                 let ended = start.flags.has(Flags::END);
-                if let Some(entry) = self.sessions.get_mut(&id).filter(|_| !ended) {
+                if let Some((entry, lease)) = self.sessions.get_mut(&id).zip(lease).filter(|_| !ended) {
                     entry.session.open_theirs(start, kind);
+                    self.leases.insert(id, start.corr_id, lease, clock);
                 }
                 self.push(id, Class::Control, Frame::response(start, 200, ended, bytes::Bytes::new()));
             }
@@ -34,6 +36,7 @@ impl Node {
     ) -> Result<Option<Kind>, Refusal> {
         self.admit(id, clock)?;
         let grant = grant.unwrap_or(Err(Refusal::new(Status::Unauthorized, "START carries no capability token")))?;
+        self.check_key(grant.lease().signed_by)?;
         if !self.config.overlay.tenants.contains(&start.tenant) {
             return Err(Refusal::new(Status::Forbidden, "this daemon does not carry that tenant"));
         }
@@ -69,6 +72,7 @@ impl Node {
                 }
                 Ok(Some(Kind::GossipIn))
             }
+            (_, Open::Renew { stream }) => self.renew(id, start, stream, grant, clock).map(|()| None),
             (AppProto::ADMIN, Open::Sessions {}) => {
                 grant.permit(Action::Admin, start.tenant, None)?;
                 if self.sessions.get(&id).is_none_or(|entry| entry.holder != Holder::Local) {
@@ -109,7 +113,7 @@ impl Node {
         match &stream.kind {
             Kind::Publish { .. } => self.publish(id, frame, clock),
             Kind::GossipIn => self.gossip(id, frame, clock),
-            Kind::Subscribe { .. } | Kind::GossipOut => {
+            Kind::Subscribe { .. } | Kind::GossipOut { .. } => {
                 let refusal = Refusal::new(Status::BadRequest, "a subscription takes no more requests");
                 self.refuse(id, &frame, &refusal, false);
             }
@@ -140,14 +144,8 @@ impl Node {
     }
 
     pub(super) fn end(&mut self, id: SessionId, frame: &Frame) {
-        let Some(entry) = self.sessions.get_mut(&id) else { return };
-        let Some(stream) = entry.session.close_stream(frame.corr_id) else { return };
-        match stream.kind {
-            Kind::Subscribe { topics, .. } => self.subscriptions.remove(id, frame.tenant, frame.corr_id, &topics),
-            // The upload's own answer will not come: the count goes with it.
-            Kind::Publish { upload: Upload::Open { .. }, .. } => self.forget_upload(id),
-            Kind::Publish { .. } | Kind::GossipIn | Kind::GossipOut => {}
+        if self.release(id, frame.corr_id).is_some() {
+            self.push(id, Class::Control, Frame::response(frame, 200, true, bytes::Bytes::new()));
         }
-        self.push(id, Class::Control, Frame::response(frame, 200, true, bytes::Bytes::new()));
     }
 }

@@ -1,8 +1,10 @@
 //! Whole daemons joined in virtual time: every frame takes a millisecond, nothing is real.
 
 mod joined;
+mod oracle;
 mod pace;
 mod sim;
+mod tokens;
 
 use sim::{Sim, TOPIC};
 

@@ -159,3 +159,64 @@ async fn the_outbox_is_bounded() {
 fn words_of_the_daemon_do_not_move_the_cursor() {
     assert_eq!(printable("a\x1b[2Jb\n"), "a\u{fffd}[2Jb\u{fffd}");
 }
+
+/// A token that lives for 100 s from now.
+fn short_lived(word: &str) -> String {
+    use base64::Engine;
+    let now = Clock::start().unix_ms() / 1_000;
+    let claims = format!(r#"{{"nbf":{now},"exp":{},"sub":"{word}"}}"#, now + 100);
+    format!("h.{}.s", base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(claims))
+}
+
+/// A subscription goes on by the token that its file comes to hold, and its user sees nothing
+/// of it. A refusal changes nothing, and is not the end.
+#[tokio::test(start_paused = true)]
+async fn a_stream_goes_on_by_another_token() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("token");
+    let [first, second] = ["a", "b"].map(|word| Bytes::from(short_lived(word)));
+    std::fs::write(&path, &first).unwrap();
+    let (mut connection, mut daemon) = greeted(1).await;
+    let open = publish();
+    let (opened, start) = tokio::join!(connection.open(AppProto::PUBSUB, TenantId(0), &first, &open), async {
+        let (start, _) = daemon.start().await;
+        daemon.ok(&start, Bytes::new()).await;
+        start
+    });
+    let (stream, _) = opened.unwrap();
+    let args = super::super::args::SocketArgs { socket: None, token_file: Some(path.clone()) };
+    let file = super::super::locate::Surroundings::of_process().token_file(&args, None).unwrap();
+    connection.keep(stream, &first, file);
+    std::fs::write(&path, &second).unwrap();
+    let script = async {
+        let mut old = start.clone();
+        for (n, refused) in [(0, true), (1, false)] {
+            let renewal = loop {
+                let frame = daemon.receive().await.unwrap();
+                if frame.app == AppProto::PUBSUB {
+                    break frame;
+                }
+                daemon.end(&frame).await; // pings, until half the lifetime has passed
+            };
+            assert_eq!((renewal.flags, &renewal.cap), (Flags::REQ | Flags::START, &second), "{n}");
+            assert_eq!(parse::<Open>(&renewal.payload), Some(Open::Renew { stream: old.corr_id }));
+            if refused {
+                let refusal = Refusal::later(Status::QuotaExhausted, "too many requests a second", 7);
+                daemon.refuse(&renewal, &refusal, true).await;
+            } else {
+                daemon.ok(&renewal, Bytes::new()).await;
+                daemon.end(&old).await;
+                old = renewal;
+            }
+        }
+        let message = super::super::testing::message(1, b"on the new one");
+        daemon.push(&old, &message).await;
+        old
+    };
+    let (frame, current) = tokio::join!(connection.next(), script);
+    assert!(stream.expect(&frame.unwrap()).is_ok());
+    assert!(current.corr_id != start.corr_id);
+    connection.send(stream, Flags::REQ, Bytes::from_static(b"\0more")).unwrap();
+    let (_, sent) = tokio::join!(timeout(Duration::from_millis(10), connection.next()), daemon.receive());
+    assert_eq!(sent.unwrap().corr_id, current.corr_id);
+}

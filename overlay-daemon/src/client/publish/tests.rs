@@ -19,8 +19,9 @@ async fn run_with(text: &[u8], cut: Cut, script: impl AsyncFnOnce(&mut Daemon, F
     let path = folder.path().join("input");
     std::fs::write(&path, text).unwrap();
     let input = Input::file(&path, cut).await.unwrap();
-    let (token, mut out, job) = (Bytes::from_static(b"a.b.c"), Vec::new(), job());
-    let (done, ()) = tokio::join!(publish(&mut connection, &token, 4, &job, input, &mut out), async {
+    let by = By { token: Bytes::from_static(b"a.b.c"), file: None, max_inflight: 4 };
+    let (mut out, job) = (Vec::new(), job());
+    let (done, ()) = tokio::join!(publish(&mut connection, by, &job, input, &mut out), async {
         let (start, open) = daemon.start().await;
         assert_eq!(open, job.open);
         script(&mut daemon, start).await;

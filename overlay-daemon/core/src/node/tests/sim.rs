@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::*;
 use crate::config::{FORMAT, KeyExchange, Peer, Profile, Tls, Token};
 use crate::control::{Open, json};
-use crate::grant::{Action, Claims, LOCAL_HOLDER};
+use crate::grant::{Action, Claims, LOCAL_HOLDER, SignedBy, TokenKey};
 use crate::identity::TenantId;
 
 pub(super) const TOPIC: &str = "news";
-const UNIX_MS: u64 = 1_700_000_000_000;
+pub(super) const UNIX_MS: u64 = 1_700_000_000_000;
+pub(super) const SIGNED_BY: SignedBy = SignedBy { key: TokenKey([7; 32]), generation: 1 };
 
 /// Where one end of a wire is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,6 +33,10 @@ pub(super) struct Sim {
     rejected: BTreeMap<(usize, Reason), u64>,
     /// Peers' tokens do not verify.
     pub(super) refuse_starts: bool,
+    /// What the system's clock says when a simulation begins; a test steps it.
+    pub(super) unix_zero: u64,
+    /// When tokens of peers expire, seconds since 1970.
+    pub(super) peers_expire: u64,
 }
 
 pub(super) fn identity(node: usize) -> SpiffeId {
@@ -74,6 +79,8 @@ impl Sim {
             paused: BTreeMap::new(),
             rejected: BTreeMap::new(),
             refuse_starts: false,
+            unix_zero: UNIX_MS,
+            peers_expire: u64::MAX / 1000,
         }
     }
 
@@ -87,7 +94,7 @@ impl Sim {
     }
 
     pub(super) fn clock(&self) -> Clock {
-        Clock { now: Millis(self.now), unix_ms: UNIX_MS + self.now }
+        Clock { now: Millis(self.now), unix_ms: self.unix_zero + self.now }
     }
 
     fn end(&mut self, node: usize) -> End {
@@ -160,7 +167,12 @@ impl Sim {
     }
 
     pub(super) fn grant(&self) -> Grant {
-        let claims = Claims {
+        self.granted(SIGNED_BY, |_| {})
+    }
+
+    /// A grant for the local client, of a token that differs in something.
+    pub(super) fn granted(&self, signed_by: SignedBy, change: impl Fn(&mut Claims)) -> Grant {
+        let mut claims = Claims {
             aud: identity(0).without_pod(),
             sub: LOCAL_HOLDER.into(),
             tenants: vec![TenantId(0)],
@@ -169,13 +181,19 @@ impl Sim {
             nbf: 0,
             exp: u64::MAX / 1000,
         };
-        Grant::new(claims, &identity(0).without_pod(), &Holder::Local, UNIX_MS).unwrap()
+        change(&mut claims);
+        Grant::new(claims, signed_by, &identity(0).without_pod(), &Holder::Local, UNIX_MS).unwrap()
     }
 
     fn opened(&mut self, node: usize, open: &Open) -> SessionId {
+        self.opened_by(node, open, self.grant())
+    }
+
+    /// A client with a stream by this grant; its HELLO's answer is out of the way.
+    pub(super) fn opened_by(&mut self, node: usize, open: &Open, grant: Grant) -> SessionId {
         let client = self.client(node);
         let start = Frame::new(Flags::REQ | Flags::START, AppProto::PUBSUB, TenantId(0), 3, json(open));
-        self.client_starts(node, client, start, Some(self.grant()));
+        self.client_starts(node, client, start, Some(grant));
         self.run(5);
         self.clients.get_mut(&End { node, session: client }).unwrap().remove(0);
         client
@@ -308,8 +326,8 @@ impl Sim {
             topics: vec!["*".into()],
             actions: vec![Action::Publish],
             nbf: 0,
-            exp: u64::MAX / 1000,
+            exp: self.peers_expire,
         };
-        Grant::new(claims, &node, &Holder::Certificate(identity(to.node)), UNIX_MS).unwrap()
+        Grant::new(claims, SIGNED_BY, &node, &Holder::Certificate(identity(to.node)), 0).unwrap()
     }
 }

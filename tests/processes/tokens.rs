@@ -1,0 +1,175 @@
+//! Tokens in the life of real programs: minted by the operator, looked at by the daemon's
+//! command, renewed while streams are open, and their end.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use overlay_tests::subscriber::Subscriber;
+use overlay_tests::wait;
+use overlay_tests::{http, programs};
+use rustix::process::{Signal, kill_process};
+
+use crate::local::mesh::{Daemon, LIMIT, Mesh};
+
+const TWO: &str = "apiVersion: overlay.rustyonions.io/v1alpha1
+kind: OverlayNode
+metadata: {name: two}
+spec: {replicas: 2, readiness: {minPeers: 1}, drain: {delay: 0s, timeout: 1s}}
+";
+const NODE: &str = "spiffe://overlay.local/ns/default/overlaynode/two";
+
+struct Target {
+    mesh: Mesh,
+    daemons: Vec<Daemon>,
+}
+
+impl Target {
+    fn start() -> Result<Self> {
+        let mesh = Mesh::start(TWO, &[])?;
+        let daemons = mesh.ready()?;
+        Ok(Self { mesh, daemons })
+    }
+
+    /// `overlay-operator token create` for the mesh.
+    fn create(&self, arguments: &[&str]) -> Result<Output> {
+        let mut command = Command::new(programs::built("overlay-operator")?);
+        command.args(["token", "create", "--file"]).arg(self.mesh.folder().join("mesh.yaml")).args(arguments);
+        Ok(command.env("XDG_RUNTIME_DIR", self.mesh.folder()).stdin(Stdio::null()).output()?)
+    }
+
+    /// The token alone.
+    fn minted(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.create(arguments)?;
+        ensure!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        let token = String::from_utf8(output.stdout)?;
+        ensure!(token.ends_with('\n') && token.matches(['\n', '.']).count() == 3, "the token and nothing else");
+        Ok(token)
+    }
+
+    /// Puts a token where a file is, whole.
+    fn place(&self, path: &PathBuf, token: &str) -> Result<()> {
+        let next = path.with_extension("next");
+        fs::write(&next, token)?;
+        Ok(fs::rename(next, path)?)
+    }
+
+    fn subscribe(&self, at: &Daemon, token: &PathBuf, more: &[&str]) -> Result<Command> {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--"]).arg(programs::built("overlay-daemon")?);
+        command.args(["sub", "news", "--socket"]).arg(&at.socket).arg("--token-file").arg(token).args(more);
+        Ok(command)
+    }
+
+    /// Waits until a token has expired, as its inspection says.
+    fn expired(&self, token: &PathBuf) -> Result<()> {
+        wait::until_true("the token to expire", LIMIT, || Ok(inspect(token, &[])?.1.contains("expired")))
+    }
+}
+
+/// `overlay-daemon token inspect`: whether all is well, and what it says.
+fn inspect(token: &PathBuf, more: &[&str]) -> Result<(bool, String)> {
+    let mut command = Command::new(programs::built("overlay-daemon")?);
+    let output = command.args(["token", "inspect"]).arg(token).args(more).stdin(Stdio::null()).output()?;
+    Ok((output.status.success(), String::from_utf8(output.stdout)? + &String::from_utf8(output.stderr)?))
+}
+
+/// What is minted is what was asked for: it verifies by the daemons' keys, allows that, and
+/// nothing else; what cannot be minted says which option is wrong.
+#[test]
+fn a_minted_token_allows_what_was_asked_for() -> Result<()> {
+    let target = Target::start()?;
+    let [daemon, _] = &target.daemons[..] else { anyhow::bail!("two daemons") };
+    let file = target.mesh.folder().join("client-token");
+    let token = target.minted(&["--topics", "news", "--actions", "publish", "--ttl", "1h"])?;
+    target.place(&file, &token)?;
+    let keys = daemon.socket.with_file_name("trust").join("token-keys.json");
+    let (good, said) = inspect(&file, &["--keys", &keys.to_string_lossy()])?;
+    ensure!(good && said.contains("signature  holds") && said.contains(NODE) && !said.contains(token.trim()), "{said}");
+    let publish = |topic: &str| {
+        let mut command = Command::new(programs::built("overlay-daemon")?);
+        command.args(["pub", topic, "hello", "--token-file"]).arg(&file).arg("--socket").arg(&daemon.socket);
+        Ok::<_, anyhow::Error>(command.stdin(Stdio::null()).output()?)
+    };
+    ensure!(publish("news")?.status.success());
+    ensure!(String::from_utf8(publish("other")?.stderr)?.contains("403 forbidden"));
+    for (arguments, part) in [
+        (&["--topics", "a*b", "--actions", "publish"][..], "--topics: \"a*b\""),
+        (&["--topics", "a", "--actions", "publish", "--name", "none"], "--name: no OverlayNode none"),
+        (&["--topics", "a", "--actions", "fly"], "--actions"),
+    ] {
+        let output = target.create(arguments)?;
+        let said = String::from_utf8(output.stderr)?;
+        ensure!(!output.status.success() && output.stdout.is_empty() && said.contains(part), "{said}");
+    }
+    Ok(())
+}
+
+/// K1: a token that dies while its stream is open ends it, and the reader is told why.
+#[test]
+fn k1_a_token_that_dies_ends_its_stream() -> Result<()> {
+    let target = Target::start()?;
+    let file = target.mesh.folder().join("client-token");
+    target.place(&file, &target.minted(&["--topics", "news", "--actions", "subscribe", "--ttl", "2s"])?)?;
+    let output = target.subscribe(&target.daemons[0], &file, &[])?.stdin(Stdio::null()).output()?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(!output.status.success() && said.contains("401 unauthorized: the token has expired"), "{said}");
+    ensure!(inspect(&file, &[])?.1.contains("expired"), "not before its time");
+    Ok(())
+}
+
+/// A client and the daemons' own gossip go on past the life of the tokens that they began with,
+/// as long as their files are rewritten in time.
+#[test]
+fn streams_outlive_their_tokens() -> Result<()> {
+    let target = Target::start()?;
+    let [near, far] = &target.daemons[..] else { anyhow::bail!("two daemons") };
+    let (file, old) = (target.mesh.folder().join("client-token"), target.mesh.folder().join("old-token"));
+    let peers: Vec<PathBuf> =
+        target.daemons.iter().map(|daemon| daemon.socket.with_file_name("trust").join("peer")).collect();
+    let mint = |ttl: &str| -> Result<(String, String)> {
+        let client = target.minted(&["--topics", "news", "--actions", "subscribe", "--ttl", ttl])?;
+        let peer = target.minted(&["--topics", "*", "--actions", "publish", "--ttl", ttl, "--holder", NODE])?;
+        Ok((client, peer))
+    };
+    let write = |(client, peer): (String, String)| -> Result<()> {
+        target.place(&file, &client)?;
+        peers.iter().try_for_each(|path| target.place(path, &peer))
+    };
+    let short = mint("8s")?;
+    target.place(&old, &short.0)?;
+    write(short)?;
+    let reader = Subscriber::start(target.subscribe(far, &file, &["--count", "2"])?)?;
+    target.mesh.publish(near, "news", &["before"])?;
+    write(mint("1h")?)?;
+    target.expired(&old)?;
+    target.mesh.publish(near, "news", &["after"])?;
+    ensure!(reader.finish(LIMIT)? == b"before\nafter\n");
+    Ok(())
+}
+
+/// T6: files that are broken while a daemon runs change nothing but the counts, and SIGHUP has
+/// them looked at.
+#[test]
+fn t6_a_broken_file_changes_nothing() -> Result<()> {
+    let target = Target::start()?;
+    let daemon = &target.daemons[0];
+    let failed = || -> Result<f64> {
+        let metrics = http::get(daemon.admin, "/metrics")?.body;
+        let line = metrics.lines().find(|l| l.starts_with("overlay_key_reloads_total{result=\"failed\""));
+        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).context("no count of failed reloads")
+    };
+    let trust = daemon.socket.with_file_name("trust");
+    for name in ["tls.crt", "tls.key", "ca.crt", "token-keys.json"] {
+        let (path, before) = (trust.join(name), failed()?);
+        let good = fs::read(&path)?;
+        fs::write(&path, "broken")?;
+        kill_process(target.mesh.process_of(daemon)?, Signal::HUP)?;
+        wait::until_true(&format!("{name} to be refused"), LIMIT, || Ok(failed()? > before))?;
+        target.mesh.publish(daemon, "news", &["still here"])?;
+        ensure!(http::get(daemon.admin, "/readyz")?.body.contains("\"ready\":true"), "{name}");
+        fs::write(&path, good)?;
+    }
+    Ok(())
+}

@@ -18,11 +18,12 @@ use crate::status::{ErrorBody, Reason, Status};
 /// After a refusal that names no time, a gossip stream is asked for again.
 const REFUSED_MS: u64 = 10_000;
 
-/// Milliseconds to wait after this refusal.
+/// Milliseconds to wait after this refusal at the least: none where it only says "not now",
+/// and how long is left to the delays of Backoff.
 pub(super) fn wait_ms(refusal: &Frame) -> u64 {
     let soon = refusal.code == Status::QuotaExhausted.code() || refusal.code == Status::Unavailable.code();
     let wait = parse::<ErrorBody>(&refusal.payload).and_then(|body| body.retry_after_ms);
-    wait.filter(|_| soon).unwrap_or(if soon { 1_000 } else { REFUSED_MS }).clamp(100, 60_000)
+    wait.filter(|_| soon).unwrap_or(if soon { 0 } else { REFUSED_MS })
 }
 
 impl Node {

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use super::peers::wait_ms;
 use super::{Class, Clock, Entry, Kind, Node, SessionId, State};
 use crate::Millis;
+use crate::backoff::{FIRST_MS, MOST_MS};
 use crate::control::{Open, json};
 use crate::frame::{AppProto, Flags, Frame};
 use crate::grant::{Action, Grant};
@@ -125,7 +126,7 @@ impl Node {
         let link = remote.link;
         if is_open {
             remote.streams.insert(refusal.tenant, old);
-            remote.renew_at = Some(clock.now.after(wait_ms(refusal)));
+            remote.renew_at = Some(clock.now.after(wait_ms(refusal).clamp(FIRST_MS, MOST_MS)));
             self.engine.handle_dropped(link, clock.now);
         } else {
             // It ended while the question was on its way: asked for like one that never was.

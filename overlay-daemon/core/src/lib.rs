@@ -17,6 +17,7 @@ pub mod admission;
 pub mod session;
 pub mod gossip;
 pub mod lanes;
+pub mod memory;
 pub mod readiness;
 pub mod node;
 

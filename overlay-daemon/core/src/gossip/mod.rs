@@ -51,6 +51,8 @@ pub trait Outlet {
     fn room(&self, link: LinkId, tenant: TenantId, class: Class) -> usize;
     /// Queues a record. False, and nothing queued, where there is no room.
     fn send(&mut self, link: LinkId, tenant: TenantId, class: Class, payload: Bytes) -> bool;
+    /// Whether the daemon's memory takes so many bytes more.
+    fn has_memory(&self, bytes: u64) -> bool;
 }
 
 /// A message to give to local subscribers.
@@ -329,7 +331,7 @@ impl Engine {
             }
             return;
         }
-        if self.assemblies.begin(id, tenant, hops, envelope, link, now) {
+        if out.has_memory(envelope.size.into()) && self.assemblies.begin(id, tenant, hops, envelope, link, now) {
             let holders = self.wanted.remove(id);
             if let Some(assembly) = self.assemblies.get_mut(id) {
                 assembly.holders = assembly.holders.union(holders);
@@ -403,6 +405,28 @@ impl Engine {
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.counts
+    }
+
+    /// Bytes of payloads: held, being put together, and forgotten but still queued somewhere.
+    /// Each is counted once, however many queues share it.
+    #[must_use]
+    pub fn memory(&self) -> u64 {
+        self.store.memory() + self.assemblies.bytes()
+    }
+
+    /// Whether every message that was accepted here, and can go anywhere, has been handed to a
+    /// peer at least.
+    #[must_use]
+    pub fn is_spread(&self, out: &impl Outlet) -> bool {
+        let own = |held: &&Held| {
+            held.known.iter().next().is_none()
+                && held.envelope.incarnation == self.me.incarnation
+                && held.envelope.origin == self.me.identity
+        };
+        let mut tenants: Vec<TenantId> = self.store.iter().filter(own).map(|held| held.tenant).collect();
+        tenants.sort_unstable();
+        tenants.dedup();
+        !tenants.iter().any(|tenant| self.links.iter().any(|link| out.has_stream(link, *tenant)))
     }
 
     /// Messages held and their bytes.

@@ -282,7 +282,7 @@ impl Turn {
         self.metrics.gossip_frames(Direction::Rx).inc_by(counts.rx - self.counted.rx);
         self.counted = counts;
         let last = *self.heartbeat.borrow();
-        let drained = self.node.is_draining() && self.node.is_drained();
+        let drained = self.node.is_draining() && self.node.poll_drained();
         // Walking every session each turn would cost more than the turn: a heartbeat does.
         if now.since(last.at) < HEARTBEAT_MS / 2 && drained == last.drained {
             return;

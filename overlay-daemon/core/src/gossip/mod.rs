@@ -414,19 +414,28 @@ impl Engine {
         self.store.memory() + self.assemblies.bytes()
     }
 
-    /// Whether every message that was accepted here, and can go anywhere, has been handed to a
-    /// peer at least.
-    #[must_use]
-    pub fn is_spread(&self, out: &impl Outlet) -> bool {
-        let own = |held: &&Held| {
+    /// The daemon is about to end: what was accepted here and no peer has yet is handed to any
+    /// link that takes it. Whether nothing is left for which there is a link.
+    pub fn poll_spread(&mut self, out: &mut impl Outlet) -> bool {
+        let left = |held: &&Held| {
             held.known.iter().next().is_none()
                 && held.envelope.incarnation == self.me.incarnation
                 && held.envelope.origin == self.me.identity
         };
-        let mut tenants: Vec<TenantId> = self.store.iter().filter(own).map(|held| held.tenant).collect();
-        tenants.sort_unstable();
-        tenants.dedup();
-        !tenants.iter().any(|tenant| self.links.iter().any(|link| out.has_stream(link, *tenant)))
+        let left: Vec<Held> = self.store.iter().filter(left).cloned().collect();
+        let mut done = true;
+        for held in left {
+            let links: Vec<LinkId> = self.links.iter().filter(|link| out.has_stream(*link, held.tenant)).collect();
+            match links.iter().copied().find(|link| self.push(*link, &held, WHOLE, out)) {
+                Some(link) => {
+                    if let Some(stored) = self.store.get_mut(held.id) {
+                        stored.known.insert(link);
+                    }
+                }
+                None => done &= links.is_empty(),
+            }
+        }
+        done
     }
 
     /// Messages held and their bytes.

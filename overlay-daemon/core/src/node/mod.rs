@@ -398,15 +398,13 @@ impl Node {
         self.end_subscriptions();
     }
 
-    /// Whether every queue is empty, every writer waits, and every message that was accepted
-    /// here is with a peer, where there is one to have it.
-    pub fn is_drained(&mut self) -> bool {
+    /// While it drains: whether every queue is empty, every writer waits, and every message that
+    /// was accepted here is with a peer, where there is one to have it. What is not is queued.
+    pub fn poll_drained(&mut self) -> bool {
+        let (mut wire, engine) = self.wire();
+        let spread = engine.poll_spread(&mut wire);
         let sent = |entry: &Entry| entry.lanes.is_empty() && entry.writer_idle && entry.ends.is_empty();
-        if !self.sessions.values().all(sent) {
-            return false;
-        }
-        let (wire, engine) = self.wire();
-        engine.is_spread(&wire)
+        spread && self.sessions.values().all(sent)
     }
 
     /// Drained, or out of time: every session ends, once its writer has sent what it has.

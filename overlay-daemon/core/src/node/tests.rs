@@ -1,5 +1,6 @@
 //! Whole daemons joined in virtual time: every frame takes a millisecond, nothing is real.
 
+mod pressure;
 mod sim;
 
 use sim::{Sim, TOPIC};
@@ -231,7 +232,7 @@ fn shedding_and_draining() {
         (texts(&last), last.last().map(|f| (f.code, f.flags.has(Flags::END)))),
         (vec!["a".to_owned()], Some((503, true)))
     );
-    assert!(sim.nodes[0].is_drained());
+    assert!(sim.nodes[0].poll_drained());
 }
 
 #[test]

@@ -1,16 +1,22 @@
 //! One connection: a reader task that turns bytes into frames for the hub, and a writer task,
 //! the socket's only one (I-2), that sends the batches that the hub gives it. Decides on
 //! deadlines of bytes; every other decision is the hub's.
+//!
+//! A session that the hub closes is closed for writing first, and what still comes is read
+//! until the other side has closed too: a socket that is closed with bytes unread resets the
+//! connection, and what was sent last could be lost on its way (S5).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use overlay_core::codec;
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::grant::{Grant, Holder};
+use overlay_core::memory::WRITE_BYTES;
 use overlay_core::node::{Opening, SessionId};
-use overlay_core::status::{Reason, Refusal};
+use overlay_core::status::{Reason, Refusal, Status};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -22,9 +28,52 @@ use crate::kms::{KeyExchangeGroup, Verifier};
 use crate::metrics::Metrics;
 use crate::transport::{Connection, LocalConnection, Timing};
 
-/// Bytes that a read makes room for. A frame that claims more gets more as it comes, never
-/// for its claim alone.
+/// Bytes that a read makes room for while much comes. A frame that claims more gets more as it
+/// comes, never for its claim alone.
 const READ_BYTES: usize = 64 * 1024;
+/// And while little comes: a session at rest keeps no more.
+const REST_BYTES: usize = 4 * 1024;
+/// For how long the other side of a closed session may go on sending.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Bytes that all readers' buffers take, and the frames that wait for the hub.
+#[derive(Clone, Debug, Default)]
+pub struct Reading(Arc<AtomicU64>);
+
+impl Reading {
+    /// How many.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn hold(&self, bytes: usize) -> ReadBytes {
+        let mut held = ReadBytes { all: self.clone(), bytes: 0 };
+        held.set(bytes);
+        held
+    }
+}
+
+/// A part of them, given back when it is dropped.
+#[derive(Debug)]
+pub struct ReadBytes {
+    all: Reading,
+    bytes: u64,
+}
+
+impl ReadBytes {
+    fn set(&mut self, bytes: usize) {
+        let bytes = bytes as u64;
+        self.all.0.fetch_add(bytes, Ordering::Relaxed);
+        self.all.0.fetch_sub(std::mem::replace(&mut self.bytes, bytes), Ordering::Relaxed);
+    }
+}
+
+impl Drop for ReadBytes {
+    fn drop(&mut self) {
+        self.set(0);
+    }
+}
 
 /// What every session needs.
 #[derive(Clone)]
@@ -41,6 +90,8 @@ pub struct Context {
     pub clock: Clock,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// What readers hold.
+    pub reading: Reading,
     ids: Arc<AtomicU64>,
 }
 
@@ -55,7 +106,16 @@ impl Context {
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { hub, sent, verifier, timing, clock, metrics, ids: Arc::new(AtomicU64::new(1)) }
+        Self {
+            hub,
+            sent,
+            verifier,
+            timing,
+            clock,
+            metrics,
+            reading: Reading::default(),
+            ids: Arc::new(AtomicU64::new(1)),
+        }
     }
 
     /// Holds a session with the other end of `connection`, until either side ends it or the
@@ -70,6 +130,7 @@ impl Context {
         let left = connection.peer_not_after_ms.saturating_sub(self.clock.unix_ms());
         let ends = self.clock.instant(self.clock.now().after(left));
         self.run(connection.stream, opening, Some(connection.group), Some(ends)).await;
+        drop(connection.descriptor);
     }
 
     /// Holds a session with a local process.
@@ -77,6 +138,7 @@ impl Context {
         let handshake_ends = self.clock.millis(connection.deadline);
         let opening = Opening { holder: Holder::Local, dialled: None, group: "none", handshake_ends };
         self.run(connection.stream, opening, None, None).await;
+        drop(connection.descriptor);
     }
 
     /// Runs a session over `stream`, at the longest until `ends`. The hub hears of its
@@ -95,15 +157,33 @@ impl Context {
         let mut tasks = JoinSet::new();
         tasks.spawn(Reader { id, holder, context: self.clone() }.run(read));
         tasks.spawn(send_batches(id, write, batches, self.clone()));
-        // Whichever ends first ends the other: a half-open session helps nobody. Only the
-        // reader's end at a broken frame waits for the writer to tell of it.
-        let ended = async { while let Some(Ok(Ended::BrokenFrame)) = tasks.join_next().await {} };
+        let ended = self.first_end(&mut tasks);
         match ends {
             None => ended.await,
             Some(at) => drop(timeout_at(at, ended).await),
         }
         tasks.shutdown().await;
         let _stopping = self.hub.send(Input::Closed(id)).await;
+    }
+
+    /// Waits until a session's tasks are of no more use. Whichever ends first ends the other: a
+    /// half-open session helps nobody. Only the reader's end at a broken frame waits for the
+    /// writer to tell of it, and the writer's end for what the other side still sends.
+    async fn first_end(&self, tasks: &mut JoinSet<Ended>) {
+        loop {
+            match tasks.join_next().await {
+                None | Some(Ok(Ended::Gone)) => return,
+                Some(Ok(Ended::BrokenFrame)) => {}
+                Some(Ok(Ended::Closed)) => return drop(timeout(LINGER, tasks.join_next()).await),
+                Some(Err(error)) => {
+                    // This session alone ends (S6); the panic itself is in the log already.
+                    if error.is_panic() {
+                        self.metrics.session_panic();
+                    }
+                    return;
+                }
+            }
+        }
     }
 }
 
@@ -113,6 +193,8 @@ enum Ended {
     Gone,
     /// The writer has a refusal to send, and then closes.
     BrokenFrame,
+    /// The hub closed the session, and all that it had to send has left.
+    Closed,
 }
 
 struct Reader {
@@ -124,8 +206,10 @@ struct Reader {
 impl Reader {
     async fn run<R: AsyncRead + Unpin>(self, mut read: R) -> Ended {
         let mut buf = BytesMut::new();
+        let mut held = self.context.reading.hold(0);
         // Set while part of a frame is there: until when the rest must be (I-2).
         let mut deadline: Option<Instant> = None;
+        let mut room = REST_BYTES;
         loop {
             match codec::decode(&mut buf) {
                 Ok(Some(frame)) => {
@@ -136,15 +220,20 @@ impl Reader {
                     continue;
                 }
                 Ok(None) => {}
-                Err(error) => {
-                    let _stopping = self.context.hub.send(Input::Broken(self.id, error.status())).await;
-                    return Ended::BrokenFrame;
-                }
+                Err(error) => return self.refuse(error.status()).await,
             }
             if !buf.is_empty() && deadline.is_none() {
                 deadline = Some(self.context.clock.deadline(self.context.timing.now().read));
             }
-            buf.reserve(READ_BYTES);
+            if buf.len() > READ_BYTES && self.context.reading.bytes() > self.context.timing.now().max_reading {
+                return self.refuse(Status::Unavailable).await;
+            }
+            if buf.is_empty() && buf.capacity() > room {
+                buf = BytesMut::new(); // at rest, or after a large frame
+            }
+            buf.reserve(room);
+            held.set(buf.capacity());
+            let space = buf.capacity() - buf.len();
             let bytes = match deadline {
                 // Between frames there is no hurry: silence is the idle timer's matter.
                 None => read.read_buf(&mut buf).await,
@@ -156,17 +245,22 @@ impl Reader {
                     }
                 },
             };
-            if !matches!(bytes, Ok(1..)) {
-                return Ended::Gone;
-            }
+            let Ok(bytes @ 1..) = bytes else { return Ended::Gone };
+            room = if bytes == space { READ_BYTES } else { REST_BYTES };
         }
+    }
+
+    async fn refuse(&self, status: Status) -> Ended {
+        let _stopping = self.context.hub.send(Input::Broken(self.id, status)).await;
+        Ended::BrokenFrame
     }
 
     async fn hand_over(&self, mut frame: Frame) -> bool {
         let at = self.context.clock.stamp();
         let grant = frame.flags.has(Flags::START).then(|| self.judge(&frame));
         frame.cap = Bytes::new();
-        self.context.hub.send(Input::Frame { id: self.id, frame, grant, at }).await.is_ok()
+        let held = self.context.reading.hold(frame.wire_len());
+        self.context.hub.send(Input::Frame { id: self.id, frame, grant, at, held }).await.is_ok()
     }
 
     fn judge(&self, frame: &Frame) -> Result<Grant, Refusal> {
@@ -175,7 +269,8 @@ impl Reader {
 }
 
 /// Sends batches until the hub has no more to give, which closes the connection, or until
-/// the other side does not take them in time.
+/// the other side does not take them in time: [`WRITE_BYTES`] in each write timeout, or what is
+/// left, is the least progress that keeps a session (S1).
 async fn send_batches<W: AsyncWrite + Unpin>(
     id: SessionId,
     mut write: W,
@@ -183,27 +278,47 @@ async fn send_batches<W: AsyncWrite + Unpin>(
     context: Context,
 ) -> Ended {
     while let Some(batch) = batches.recv().await {
-        match timeout(context.timing.now().write, send(&mut write, &batch)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => return Ended::Gone,
-            Err(_) => {
-                context.metrics.rejected(Reason::Timeout).inc();
-                return Ended::Gone;
+        let mut frames = batch.into_iter();
+        while !frames.as_slice().is_empty() {
+            let Ok(bytes) = encode(&mut frames) else { return Ended::Gone };
+            let sent = async {
+                write.write_all(&bytes).await?;
+                write.flush().await
+            };
+            match timeout(context.timing.now().write, sent).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return Ended::Gone,
+                Err(_) => {
+                    context.metrics.rejected(Reason::Timeout).inc();
+                    return Ended::Gone;
+                }
             }
         }
         if context.sent.send(id).await.is_err() {
             break;
         }
     }
-    let _late = timeout(context.timing.now().write, write.shutdown()).await;
-    Ended::Gone
+    match timeout(context.timing.now().write, write.shutdown()).await {
+        Ok(Ok(())) => Ended::Closed,
+        Ok(Err(_)) | Err(_) => Ended::Gone,
+    }
 }
 
-async fn send<W: AsyncWrite + Unpin>(write: &mut W, batch: &Batch) -> std::io::Result<()> {
-    let mut out = BytesMut::with_capacity(batch.iter().map(Frame::wire_len).sum());
-    for frame in batch {
-        codec::encode(frame, &mut out).map_err(std::io::Error::other)?;
+/// The next frames as bytes: at most [`WRITE_BYTES`], or one frame that is larger.
+fn encode(frames: &mut std::vec::IntoIter<Frame>) -> Result<BytesMut, codec::FrameError> {
+    let (mut count, mut bytes) = (0, 0);
+    for len in frames.as_slice().iter().map(Frame::wire_len) {
+        if count > 0 && bytes + len > WRITE_BYTES {
+            break;
+        }
+        (count, bytes) = (count + 1, bytes + len);
     }
-    write.write_all(&out).await?;
-    write.flush().await
+    let mut out = BytesMut::with_capacity(bytes);
+    for frame in frames.by_ref().take(count) {
+        codec::encode(&frame, &mut out)?;
+    }
+    Ok(out)
 }
+
+#[cfg(test)]
+mod tests;

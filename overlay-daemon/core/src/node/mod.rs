@@ -239,9 +239,13 @@ impl Node {
         self.unlink(id, &entry);
     }
 
-    /// The bytes of a session cannot be a frame: it is told why, then closed.
+    /// The bytes of a session cannot be a frame, or there is no memory for all of it: the session
+    /// is told why, then closed.
     pub fn handle_framing_error(&mut self, id: SessionId, status: Status) {
-        let refusal = Refusal::new(status, "the bytes are not an OAP/1 frame");
+        let refusal = match status {
+            Status::Unavailable => places::NO_MEMORY,
+            _ => Refusal::new(status, "the bytes are not an OAP/1 frame"),
+        };
         let frame = Frame {
             code: status.code(),
             ..Frame::new(Flags::RESP | Flags::END, AppProto::CONTROL, crate::identity::TenantId(0), 0, refusal.body(0))
@@ -370,6 +374,7 @@ impl Node {
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         match entry.session.handle_timeout(clock.now) {
             Err(reason) => {
+                entry.closing = true;
                 self.outputs.push_back(Output::Rejected(reason));
                 self.outputs.push_back(Output::Close(id));
                 return;
@@ -405,6 +410,12 @@ impl Node {
         let spread = engine.poll_spread(&mut wire);
         let sent = |entry: &Entry| entry.lanes.is_empty() && entry.writer_idle && entry.ends.is_empty();
         spread && self.sessions.values().all(sent)
+    }
+
+    /// Whether no session is left.
+    #[must_use]
+    pub fn is_deserted(&self) -> bool {
+        self.sessions.is_empty()
     }
 
     /// Drained, or out of time: every session ends, once its writer has sent what it has.

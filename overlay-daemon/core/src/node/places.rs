@@ -13,7 +13,7 @@ use crate::status::{Refusal, Status};
 pub(super) const MAX_TURNED_AWAY: usize = 256;
 
 const FULL: Refusal = Refusal::later(Status::QuotaExhausted, "the daemon has as many sessions as it may", 1_000);
-const NO_MEMORY: Refusal = Refusal::later(Status::Unavailable, "the daemon's memory is used up", 1_000);
+pub(super) const NO_MEMORY: Refusal = Refusal::later(Status::Unavailable, "the daemon's memory is used up", 1_000);
 
 impl Node {
     /// Whether there is a place.

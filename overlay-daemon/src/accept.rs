@@ -2,13 +2,17 @@
 //! accepted. Who may stay is decided by the handshake and the hub.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use tokio::task::JoinSet;
+use overlay_core::Millis;
+use overlay_core::status::Reason;
+use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::kms::Keys;
+use crate::metrics::Metrics;
 use crate::session::Context;
-use crate::transport::{Accepted, Listener, LocalListener};
+use crate::transport::{AcceptError, Accepted, Listener, LocalListener};
 
 /// When an accept loop stops.
 #[derive(Clone)]
@@ -19,18 +23,55 @@ pub struct Stop {
     pub all: CancellationToken,
 }
 
+/// How accepting goes, all listeners together.
+#[derive(Clone, Debug)]
+pub struct Health {
+    /// When it last failed; far ahead where it never did.
+    failed_at: Arc<AtomicU64>,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { failed_at: Arc::new(AtomicU64::new(u64::MAX)) }
+    }
+}
+
+impl Health {
+    /// How long after a failure listeners count as failing: longer than the pause after it, so
+    /// that it does not flicker, and short enough to recover within two seconds (S3).
+    const FAILING_MS: u64 = 1_000;
+
+    /// Accepting failed for want of what the system gives.
+    pub fn failed(&self, now: Millis) {
+        self.failed_at.store(now.0, Ordering::Relaxed);
+    }
+
+    /// Whether it has not failed of late.
+    #[must_use]
+    pub fn is_good(&self, now: Millis) -> bool {
+        let at = self.failed_at.load(Ordering::Relaxed);
+        at == u64::MAX || now.since(Millis(at)) >= Self::FAILING_MS
+    }
+}
+
 /// Accepts TLS sessions until told to stop; then waits for those that run.
-pub async fn tls(mut listener: Listener, keys: Arc<Keys>, context: Context, stop: Stop) {
+pub async fn tls(mut listener: Listener, keys: Arc<Keys>, context: Context, health: Health, stop: Stop) {
     let mut sessions = JoinSet::new();
     loop {
         tokio::select! {
             () = stop.accepting.cancelled() => break,
-            Some(_) = sessions.join_next() => {}
+            Some(ended) = sessions.join_next() => count_panic(&context.metrics, &ended),
             accepted = listener.accept() => match accepted {
                 Ok(accepted) => { sessions.spawn(serve(accepted, Arc::clone(&keys), context.clone())); }
                 Err(error) => {
-                    context.metrics.accept_error();
                     tracing::debug!(%error, "accepting failed");
+                    match &error {
+                        AcceptError::Crowded => context.metrics.rejected(Reason::Overflow).inc(),
+                        AcceptError::Failed(_) => context.metrics.accept_error(),
+                    }
+                    if error.is_failure() {
+                        health.failed(context.clock.now());
+                    }
                 }
             },
         }
@@ -58,12 +99,12 @@ async fn serve(accepted: Accepted, keys: Arc<Keys>, context: Context) {
 }
 
 /// Accepts sessions of local processes until told to stop; then waits for those that run.
-pub async fn local(mut listener: LocalListener, context: Context, stop: Stop) {
+pub async fn local(mut listener: LocalListener, context: Context, health: Health, stop: Stop) {
     let mut sessions = JoinSet::new();
     loop {
         tokio::select! {
             () = stop.accepting.cancelled() => break,
-            Some(_) = sessions.join_next() => {}
+            Some(ended) = sessions.join_next() => count_panic(&context.metrics, &ended),
             accepted = listener.accept() => match accepted {
                 Ok(connection) => {
                     let context = context.clone();
@@ -77,12 +118,22 @@ pub async fn local(mut listener: LocalListener, context: Context, stop: Stop) {
                         Some(reason) => context.metrics.rejected(reason).inc(),
                         None => context.metrics.accept_error(),
                     }
+                    if error.is_failure() {
+                        health.failed(context.clock.now());
+                    }
                 }
             },
         }
     }
     drop(listener);
     finish(sessions, &stop.all).await;
+}
+
+/// A session that panicked ended alone (S6).
+fn count_panic(metrics: &Metrics, ended: &Result<(), JoinError>) {
+    if ended.as_ref().is_err_and(JoinError::is_panic) {
+        metrics.session_panic();
+    }
 }
 
 async fn finish(mut sessions: JoinSet<()>, all: &CancellationToken) {

@@ -30,8 +30,9 @@ use crate::reload::Running;
 use crate::transport::EXHAUSTED_PAUSE;
 
 /// Connections at once. Past it the oldest is closed: a probe is answered within
-/// milliseconds, so that the oldest is never one.
-const MAX_CONNECTIONS: usize = 256;
+/// milliseconds, so that the oldest is never one. Fewer than the descriptors that are kept for
+/// them ([`crate::transport::Descriptors`]).
+const MAX_CONNECTIONS: usize = 48;
 /// From a connection's first moment to the end of its request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 /// From a connection's first moment to the end of its answer.
@@ -82,6 +83,7 @@ struct ConditionBody<'a> {
     name: &'a str,
     ok: bool,
     reason: &'a str,
+    since_ms: u64,
 }
 
 /// Binds the admin endpoint.
@@ -171,11 +173,17 @@ async fn readyz(State(admin): State<Arc<Admin>>) -> Response {
     let mut conditions: Vec<ConditionBody<'_>> = report
         .conditions
         .iter()
-        .map(|condition| ConditionBody { name: condition.name, ok: condition.ok, reason: &condition.reason })
+        .map(|condition| ConditionBody {
+            name: condition.name,
+            ok: condition.ok,
+            reason: &condition.reason,
+            since_ms: condition.since_ms,
+        })
         .collect();
     if abandoned {
         conditions.retain(|condition| condition.name != "bus");
-        conditions.push(ConditionBody { name: "bus", ok: false, reason: "the hub has stopped" });
+        let since_ms = admin.clock.unix_ms();
+        conditions.push(ConditionBody { name: "bus", ok: false, reason: "the hub has stopped", since_ms });
     }
     let ready = report.ready && !abandoned;
     let running = admin.running.borrow().clone();

@@ -24,6 +24,7 @@ use crate::clock::Clock;
 use crate::gate::Gate;
 use crate::kms::KeyExchangeGroup;
 use crate::metrics::{ActiveSession, Metrics, Route};
+use crate::session::{ReadBytes, Reading};
 
 /// Things that may wait for the hub. When it is full, readers wait and TCP pushes back.
 pub const QUEUE: usize = 256;
@@ -60,6 +61,8 @@ pub enum Input {
         grant: Option<Result<Grant, Refusal>>,
         /// When its last byte was read.
         at: Instant,
+        /// What it takes while it waits here.
+        held: ReadBytes,
     },
     /// A frame was read whose payload could not be inflated, and is not there.
     Unread(SessionId, Frame, Refusal),
@@ -77,6 +80,8 @@ pub enum Input {
     Peers(Peers),
     /// The drain began: no new sessions, no writes.
     Drain,
+    /// The drain is over: every session ends.
+    Finish,
 }
 
 /// The configured peers, and how the hub tells of each, by place.
@@ -99,8 +104,12 @@ pub struct Heartbeat {
     pub pressure: u8,
     /// Distinct daemons with an active session.
     pub peers: u32,
-    /// Nothing is queued anywhere.
+    /// See [`Node::memory_percent`].
+    pub memory: u8,
+    /// Draining, and nothing is queued anywhere.
     pub drained: bool,
+    /// Draining, and no session is left.
+    pub deserted: bool,
 }
 
 struct Live {
@@ -118,6 +127,8 @@ pub struct Hub {
     pub clock: Clock,
     /// What it counts.
     pub metrics: Arc<Metrics>,
+    /// What readers hold.
+    pub reading: Reading,
     /// Whom the node knows, and how to tell of them.
     pub peers: Peers,
     /// What happens.
@@ -132,9 +143,9 @@ pub struct Hub {
 impl Hub {
     /// Runs until `stop`, or until nobody is left to say anything.
     pub async fn run(self, stop: CancellationToken) {
-        let Self { node, clock, metrics, peers, mut inputs, mut sent, heartbeat } = self;
+        let Self { node, clock, metrics, reading, peers, mut inputs, mut sent, heartbeat } = self;
         let mut turn =
-            Turn { node, clock, metrics, peers, heartbeat, live: HashMap::new(), counted: Counts::default() };
+            Turn { node, clock, metrics, reading, peers, heartbeat, live: HashMap::new(), counted: Counts::default() };
         loop {
             let beat = clock.now().after(HEARTBEAT_MS);
             let wake = turn.node.poll_timeout().map_or(beat, |at| at.min(beat));
@@ -150,6 +161,7 @@ impl Hub {
                 },
                 () = sleep_until(clock.instant(wake)) => None,
             };
+            turn.node.handle_reading(turn.reading.bytes());
             if let Some(input) = input {
                 turn.handle(input);
                 for _ in 1..TURN {
@@ -169,6 +181,7 @@ struct Turn {
     node: Node,
     clock: Clock,
     metrics: Arc<Metrics>,
+    reading: Reading,
     peers: Peers,
     heartbeat: watch::Sender<Heartbeat>,
     live: HashMap<SessionId, Live>,
@@ -189,9 +202,10 @@ impl Turn {
                     self.live.remove(&id);
                 }
             }
-            Input::Frame { id, frame, grant, at } => {
+            Input::Frame { id, frame, grant, at, held } => {
                 let route = self.route(id, &frame);
                 self.node.handle_frame(id, frame, grant, self.time());
+                drop(held);
                 self.greet(id);
                 if let Some(route) = route {
                     self.metrics.latency(route).observe(at.elapsed().as_secs_f64());
@@ -219,6 +233,7 @@ impl Turn {
                 }
             }
             Input::Drain => self.node.handle_drain(),
+            Input::Finish => self.node.handle_finish(),
         }
     }
 
@@ -262,6 +277,8 @@ impl Turn {
         if self.node.poll_timeout().is_some_and(|at| at <= time.now) {
             self.node.handle_timeout(time);
         }
+        // Before what goes out: it may queue what no peer has yet.
+        let drained = self.node.is_draining() && self.node.poll_drained();
         while let Some((id, batch)) = self.node.poll_transmit(time.now) {
             // The writer said that it is free, so its one place is. A writer that is gone
             // is told of by its session's end.
@@ -270,7 +287,7 @@ impl Turn {
             }
         }
         self.carry_out_all();
-        self.publish(time.now);
+        self.publish(time.now, drained);
     }
 
     fn carry_out_all(&mut self) {
@@ -301,24 +318,27 @@ impl Turn {
         }
     }
 
-    fn publish(&mut self, now: Millis) {
+    fn publish(&mut self, now: Millis, drained: bool) {
         let counts = self.node.counts();
         self.metrics.gossip(self.counted, counts);
         self.counted = counts;
         let last = *self.heartbeat.borrow();
-        let drained = self.node.is_draining() && self.node.is_drained();
+        let deserted = self.node.is_draining() && self.node.is_deserted();
         // Walking every session each turn would cost more than the turn: a heartbeat does.
-        if now.since(last.at) < HEARTBEAT_MS / 2 && drained == last.drained {
+        if now.since(last.at) < HEARTBEAT_MS / 2 && (drained, deserted) == (last.drained, last.deserted) {
             return;
         }
         for (gauge, value) in self.peers.inflight.iter().zip(self.node.inflight()) {
             gauge.set(i64::from(value));
         }
+        self.metrics.memory(self.node.memory_used());
         self.heartbeat.send_replace(Heartbeat {
             at: now,
             pressure: self.node.pressure(),
             peers: self.node.peers_up(),
+            memory: self.node.memory_percent(),
             drained,
+            deserted,
         });
     }
 }

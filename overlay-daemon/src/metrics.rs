@@ -99,6 +99,8 @@ pub struct Metrics {
     sessions: [IntGauge; KeyExchangeGroup::ALL.len()],
     sessions_local: IntGauge,
     accept_errors: IntCounter,
+    session_panics: IntCounter,
+    memory: IntGauge,
     key_reloads: [IntCounter; 2],
     certificate_expiry: IntGauge,
     ready: IntGauge,
@@ -169,6 +171,12 @@ impl Metrics {
             sessions: KeyExchangeGroup::ALL.map(|group| sessions.with_label_values(&[group.label()])),
             sessions_local: sessions.with_label_values(&["none"]),
             accept_errors: counter(r, "overlay_accept_errors_total", "Times that accepting a connection failed.")?,
+            session_panics: counter(
+                r,
+                "overlay_session_panics_total",
+                "Sessions that a fault of the daemon's own ended.",
+            )?,
+            memory: gauge(r, "overlay_memory_bytes", "Bytes used of the budget for sessions, queues and messages.")?,
             key_reloads: ["ok", "failed"].map(|result| key_reloads.with_label_values(&[result])),
             certificate_expiry: gauge(
                 r,
@@ -253,6 +261,16 @@ impl Metrics {
     /// Accepting a connection failed: descriptors ran out, or the caller had gone.
     pub fn accept_error(&self) {
         self.accept_errors.inc();
+    }
+
+    /// A session's task panicked.
+    pub fn session_panic(&self) {
+        self.session_panics.inc();
+    }
+
+    /// Bytes used of the memory budget.
+    pub fn memory(&self, bytes: u64) {
+        self.memory.set(i64::try_from(bytes).unwrap_or(i64::MAX));
     }
 
     /// New keys were found, and taken or refused.

@@ -5,18 +5,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use overlay_core::config::Readiness;
+use overlay_core::node::Clock as CoreClock;
 use overlay_core::readiness::{Facts, Gate, Report};
-use rustix::process::{Resource, getrlimit};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
+use crate::accept::Health;
 use crate::clock::Clock;
 use crate::hub::{Heartbeat, Input};
 use crate::kms::Keys;
 use crate::metrics::Metrics;
+use crate::transport::Descriptors;
 
 /// Between two judgements.
 const EVERY: Duration = Duration::from_millis(200);
+
+/// Why `config` holds all the same: what ran before still runs, and a daemon that went unready
+/// for a typo would take the whole mesh with it.
+const NOT_TAKEN_UP: &str = "what the files say now is not in use as a whole; the log says why";
 
 /// What readiness is judged by.
 pub struct Watch {
@@ -26,6 +32,12 @@ pub struct Watch {
     pub heartbeat: watch::Receiver<Heartbeat>,
     /// Whether SIGTERM came.
     pub draining: watch::Receiver<bool>,
+    /// How accepting goes.
+    pub health: Health,
+    /// What connections may take of descriptors.
+    pub descriptors: Descriptors,
+    /// Whether the configuration's files are in use as they are now.
+    pub taken_up: watch::Receiver<bool>,
     /// Certificates and trust.
     pub keys: Arc<Keys>,
     /// The one clock.
@@ -40,16 +52,20 @@ pub struct Watch {
 
 impl Watch {
     /// Judges until its owner drops the task.
-    pub async fn run(self) {
+    pub async fn run(mut self) {
         let mut gate = Gate::new(self.config.borrow().clone());
         let mut ticks = interval(EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let mut told = None;
         loop {
-            ticks.tick().await;
+            tokio::select! {
+                _ = ticks.tick() => {}
+                // At once: whoever sends SIGTERM looks at `/readyz` next.
+                Ok(()) = self.draining.changed() => {}
+            }
             gate.handle_config(&self.config.borrow());
-            let now = self.clock.now();
-            let report = gate.handle_facts(&self.facts(), now);
+            let clock = CoreClock { now: self.clock.now(), unix_ms: self.clock.unix_ms() };
+            let report = gate.handle_facts(&self.facts(), clock);
             self.metrics.ready(report.ready);
             if *self.report.borrow() != report {
                 log_change(&self.report.borrow(), &report);
@@ -68,11 +84,14 @@ impl Watch {
         let beat = *self.heartbeat.borrow();
         let expired = self.keys.current().not_after_ms() <= self.clock.unix_ms();
         Facts {
-            listeners: true, // they are bound before this runs, and live as long as it does
+            // Bound before this runs; a loop that ends, ends the process.
+            listeners: self.health.is_good(self.clock.now()),
             bus_age_ms: self.clock.now().since(beat.at),
             kms: expired.then_some("this daemon's certificate has expired"),
+            config: (!*self.taken_up.borrow()).then_some(NOT_TAKEN_UP),
             queues_percent: beat.pressure,
-            descriptors_percent: descriptors_percent(),
+            memory_percent: beat.memory,
+            descriptors_percent: self.descriptors.percent(),
             peers: beat.peers,
             draining: *self.draining.borrow(),
         }
@@ -89,11 +108,4 @@ fn log_change(was: &Report, is: &Report) {
     } else {
         tracing::warn!(missing = missing.join("; "), "not ready");
     }
-}
-
-/// Open descriptors of those allowed, 0 to 100; 0 where the system does not say.
-fn descriptors_percent() -> u8 {
-    let Ok(open) = std::fs::read_dir("/proc/self/fd") else { return 0 };
-    let Some(limit) = getrlimit(Resource::Nofile).current else { return 0 };
-    overlay_core::admission::percent(open.count() as u64, limit)
 }

@@ -65,6 +65,8 @@ pub struct Told {
     pub readiness: watch::Sender<Readiness>,
     /// What `/readyz` shows.
     pub running: watch::Sender<Running>,
+    /// Whether the files are in use as they are now.
+    pub taken_up: watch::Sender<bool>,
     /// Limits, caps and peers.
     pub hub: mpsc::Sender<Input>,
     /// The key exchange.
@@ -184,6 +186,7 @@ impl Reloader {
             self.told.metrics.config_reload(false);
             tracing::warn!(problem, "the new configuration is not taken up as a whole; what it cannot change stays");
         }
+        self.told.taken_up.send_replace(problem.is_none());
         self.refused = problem;
     }
 

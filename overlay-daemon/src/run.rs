@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::accept::{self, Stop};
+use crate::accept::{self, Health, Stop};
 use crate::admin::{self, Admin};
 use crate::check;
 use crate::clock::Clock;
@@ -30,8 +30,10 @@ use crate::metrics::Metrics;
 use crate::readiness::Watch;
 use crate::reload::{Files, Reloader, Running, Told};
 use crate::session::Context;
-use crate::transport::{Listener, LocalListener, Timing, TransportConfig};
+use crate::transport::{Descriptors, Listener, LocalListener, Timing, TransportConfig};
 
+/// For how long sessions may take to close once all that they are owed is sent.
+const GOODBYE: Duration = Duration::from_millis(1_500);
 /// For how long tasks that were told to end are waited for.
 const JOIN: Duration = Duration::from_secs(2);
 
@@ -133,14 +135,16 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
         anyhow::anyhow!("{}", errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
     })?;
     let keys = Arc::new(keys);
+    let descriptors = Descriptors::raise();
     let (timing, timing_now) = watch::channel(TransportConfig::from(&config.overlay));
     let timing_now = Timing::from(timing_now);
 
     let listen = config.overlay.listen;
-    let listener = Listener::bind(listen, timing_now.clone(), clock)
+    let listener = Listener::bind(listen, timing_now.clone(), descriptors.clone(), clock)
         .await
         .with_context(|| format!("overlay.listen: cannot listen on {listen}"))?;
-    let local = LocalListener::bind(&config.unix.socket, &config.unix.allow_uids, timing_now.clone(), clock)
+    let unix = &config.unix;
+    let local = LocalListener::bind(&unix.socket, &unix.allow_uids, timing_now.clone(), descriptors.clone(), clock)
         .context("unix.socket")?;
     let metrics_at = config.observability.metrics;
     let admin_socket = admin::bind(metrics_at)
@@ -165,10 +169,13 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
 
     let (readiness, readiness_now) = watch::channel(config.readiness.clone());
     let (running, running_now) = watch::channel(running);
+    let (taken_up, is_taken_up) = watch::channel(true);
+    let health = Health::default();
     let told = Told {
         timing,
         readiness,
         running,
+        taken_up,
         hub: hub.clone(),
         keys: Arc::clone(&keys),
         level,
@@ -176,8 +183,16 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
     };
     let reloader = Reloader::new(files, config.clone(), peers.clone(), told, context.clone());
     let mut serving = JoinSet::new();
-    let hub_task =
-        Hub { node, clock, metrics: Arc::clone(&metrics), peers: reloader.peers(), inputs, sent, heartbeat: beats };
+    let hub_task = Hub {
+        node,
+        clock,
+        metrics: Arc::clone(&metrics),
+        reading: context.reading.clone(),
+        peers: reloader.peers(),
+        inputs,
+        sent,
+        heartbeat: beats,
+    };
     serving.spawn(hub_task.run(stop.all.clone()));
     let mut helping = JoinSet::new();
     let (asked, is_asked) = watch::channel(0);
@@ -199,6 +214,9 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
             config: readiness_now,
             heartbeat: heartbeat.clone(),
             draining: is_draining,
+            health: health.clone(),
+            descriptors,
+            taken_up: is_taken_up,
             keys: Arc::clone(&keys),
             clock,
             report,
@@ -211,8 +229,8 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
     let (watched, reload_metrics, reload_stop) = (Arc::clone(&keys), Arc::clone(&metrics), stop.all.clone());
     helping.spawn(async move { watched.watch(reload_metrics, clock, is_asked, reload_stop).await });
     let mut accepting = JoinSet::new();
-    accepting.spawn(accept::tls(listener, keys, context.clone(), stop.clone()));
-    accepting.spawn(accept::local(local, context, stop.clone()));
+    accepting.spawn(accept::tls(listener, keys, context.clone(), health.clone(), stop.clone()));
+    accepting.spawn(accept::local(local, context, health, stop.clone()));
 
     tracing::info!(
         name = %peers.name, %identity, %address, admin = %admin_address, socket = %config.unix.socket.display(),
@@ -260,6 +278,13 @@ impl Daemon {
         if timeout(Duration::from_millis(drain.timeout_ms), empty).await.is_err() {
             tracing::warn!("the drain timeout passed with messages still queued");
         }
+        let ended = async {
+            if self.hub.send(Input::Finish).await.is_ok() {
+                let _hub_is_gone = self.heartbeat.wait_for(|beat| beat.deserted).await;
+            }
+        };
+        // Whose session does not end by itself in that time is ended with the rest.
+        let _late = timeout(GOODBYE, ended).await;
         self.stop.all.cancel();
         self.helping.shutdown().await;
         let joined = async {

@@ -1,15 +1,21 @@
 //! One connection: a reader task that turns bytes into frames for the hub, and a writer task,
 //! the socket's only one (I-2), that sends the batches that the hub gives it. Decides on
 //! deadlines of bytes; every other decision is the hub's.
+//!
+//! A session that the hub closes is closed for writing first, and what still comes is read
+//! until the other side has closed too: a socket that is closed with bytes unread resets the
+//! connection, and what was sent last could be lost on its way (S5).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::grant::{Grant, Holder};
+use overlay_core::memory::WRITE_BYTES;
 use overlay_core::node::{Opening, SessionId};
-use overlay_core::status::{Reason, Refusal};
+use overlay_core::status::{Reason, Refusal, Status};
 use overlay_core::{codec, compress};
 use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -24,11 +30,52 @@ use crate::kms::{KeyExchangeGroup, Verifier};
 use crate::metrics::Metrics;
 use crate::transport::{Connection, LocalConnection, Timing};
 
-/// Bytes that a read makes room for where little comes: all that an idle session holds.
-const LEAST_ROOM: usize = 2 * 1024;
-/// And where what came has filled the room. A frame that claims more gets more as it comes,
-/// never for its claim alone.
-const MOST_ROOM: usize = 64 * 1024;
+/// Bytes that a read makes room for while much comes. A frame that claims more gets more as it
+/// comes, never for its claim alone.
+const READ_BYTES: usize = 64 * 1024;
+/// And while little comes: a session at rest keeps no more.
+const REST_BYTES: usize = 4 * 1024;
+/// For how long the other side of a closed session may go on sending.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Bytes that all readers' buffers take, and the frames that wait for the hub.
+#[derive(Clone, Debug, Default)]
+pub struct Reading(Arc<AtomicU64>);
+
+impl Reading {
+    /// How many.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn hold(&self, bytes: usize) -> ReadBytes {
+        let mut held = ReadBytes { all: self.clone(), bytes: 0 };
+        held.set(bytes);
+        held
+    }
+}
+
+/// A part of them, given back when it is dropped.
+#[derive(Debug)]
+pub struct ReadBytes {
+    all: Reading,
+    bytes: u64,
+}
+
+impl ReadBytes {
+    fn set(&mut self, bytes: usize) {
+        let bytes = bytes as u64;
+        self.all.0.fetch_add(bytes, Ordering::Relaxed);
+        self.all.0.fetch_sub(std::mem::replace(&mut self.bytes, bytes), Ordering::Relaxed);
+    }
+}
+
+impl Drop for ReadBytes {
+    fn drop(&mut self) {
+        self.set(0);
+    }
+}
 
 /// What every session needs.
 #[derive(Clone)]
@@ -45,6 +92,8 @@ pub struct Context {
     pub clock: Clock,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// What readers hold.
+    pub reading: Reading,
     ids: Arc<AtomicU64>,
 }
 
@@ -59,7 +108,16 @@ impl Context {
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { hub, sent, verifier, timing, clock, metrics, ids: Arc::new(AtomicU64::new(1)) }
+        Self {
+            hub,
+            sent,
+            verifier,
+            timing,
+            clock,
+            metrics,
+            reading: Reading::default(),
+            ids: Arc::new(AtomicU64::new(1)),
+        }
     }
 
     /// Holds a session with the other end of `connection`, until either side ends it, the
@@ -81,6 +139,7 @@ impl Context {
             }
         };
         self.run(connection.stream, opening, Some(connection.group), over).await;
+        drop(connection.descriptor);
     }
 
     /// Waits until no authority vouches for a chain any more. `bundle` is the one that the
@@ -105,6 +164,7 @@ impl Context {
         let handshake_ends = self.clock.millis(connection.deadline);
         let opening = Opening { holder: Holder::Local, dialled: None, group: "none", handshake_ends };
         self.run(connection.stream, opening, None, std::future::pending()).await;
+        drop(connection.descriptor);
     }
 
     /// Runs a session over `stream`, at the longest until `over`. The hub hears of its
@@ -124,15 +184,32 @@ impl Context {
         let mut tasks = JoinSet::new();
         tasks.spawn(Reader { id, holder, gate, context: self.clone() }.run(read));
         tasks.spawn(send_batches(id, write, batches, self.clone()));
-        // Whichever ends first ends the other: a half-open session helps nobody. Only the
-        // reader's end at a broken frame waits for the writer to tell of it.
-        let ended = async { while let Some(Ok(Ended::BrokenFrame)) = tasks.join_next().await {} };
         tokio::select! {
-            () = ended => {}
+            () = self.first_end(&mut tasks) => {}
             () = over => {}
         }
         tasks.shutdown().await;
         let _stopping = self.hub.send(Input::Closed(id)).await;
+    }
+
+    /// Waits until a session's tasks are of no more use. Whichever ends first ends the other: a
+    /// half-open session helps nobody. Only the reader's end at a broken frame waits for the
+    /// writer to tell of it, and the writer's end for what the other side still sends.
+    async fn first_end(&self, tasks: &mut JoinSet<Ended>) {
+        loop {
+            match tasks.join_next().await {
+                None | Some(Ok(Ended::Gone)) => return,
+                Some(Ok(Ended::BrokenFrame)) => {}
+                Some(Ok(Ended::Closed)) => return drop(timeout(LINGER, tasks.join_next()).await),
+                Some(Err(error)) => {
+                    // This session alone ends (S6); the panic itself is in the log already.
+                    if error.is_panic() {
+                        self.metrics.session_panic();
+                    }
+                    return;
+                }
+            }
+        }
     }
 }
 
@@ -142,6 +219,8 @@ enum Ended {
     Gone,
     /// The writer has a refusal to send, and then closes.
     BrokenFrame,
+    /// The hub closed the session, and all that it had to send has left.
+    Closed,
 }
 
 struct Reader {
@@ -154,9 +233,10 @@ struct Reader {
 impl Reader {
     async fn run<R: AsyncRead + Unpin>(self, mut read: R) -> Ended {
         let mut buf = BytesMut::new();
-        let mut room = LEAST_ROOM;
+        let mut held = self.context.reading.hold(0);
         // Set while part of a frame is there: until when the rest must be (I-2).
         let mut deadline: Option<Instant> = None;
+        let mut room = REST_BYTES;
         loop {
             // What was read already waits too, and what was not fills the other side's window.
             while let Some(until) = self.gate.paused(&self.context.clock) {
@@ -171,15 +251,20 @@ impl Reader {
                     continue;
                 }
                 Ok(None) => {}
-                Err(error) => {
-                    let _stopping = self.context.hub.send(Input::Broken(self.id, error.status())).await;
-                    return Ended::BrokenFrame;
-                }
+                Err(error) => return self.refuse(error.status()).await,
             }
             if !buf.is_empty() && deadline.is_none() {
                 deadline = Some(self.context.clock.deadline(self.context.timing.now().read));
             }
+            if buf.len() > READ_BYTES && self.context.reading.bytes() > self.context.timing.now().max_reading {
+                return self.refuse(Status::Unavailable).await;
+            }
+            if buf.is_empty() && buf.capacity() > room {
+                buf = BytesMut::new(); // at rest, or after a large frame
+            }
             buf.reserve(room);
+            held.set(buf.capacity());
+            let space = buf.capacity() - buf.len();
             let bytes = match deadline {
                 // Between frames there is no hurry: silence is the idle timer's matter.
                 None => read.read_buf(&mut buf).await,
@@ -192,12 +277,13 @@ impl Reader {
                 },
             };
             let Ok(bytes @ 1..) = bytes else { return Ended::Gone };
-            if buf.len() == buf.capacity() {
-                room = (room * 4).min(MOST_ROOM);
-            } else if bytes < LEAST_ROOM {
-                room = LEAST_ROOM;
-            }
+            room = if bytes == space { READ_BYTES } else { REST_BYTES };
         }
+    }
+
+    async fn refuse(&self, status: Status) -> Ended {
+        let _stopping = self.context.hub.send(Input::Broken(self.id, status)).await;
+        Ended::BrokenFrame
     }
 
     async fn hand_over(&self, mut frame: Frame) -> bool {
@@ -212,7 +298,8 @@ impl Reader {
         }
         let grant = frame.flags.has(Flags::START).then(|| self.judge(&frame));
         frame.cap = Bytes::new();
-        self.context.hub.send(Input::Frame { id: self.id, frame, grant, at }).await.is_ok()
+        let held = self.context.reading.hold(frame.wire_len());
+        self.context.hub.send(Input::Frame { id: self.id, frame, grant, at, held }).await.is_ok()
     }
 
     fn judge(&self, frame: &Frame) -> Result<Grant, Refusal> {
@@ -221,7 +308,8 @@ impl Reader {
 }
 
 /// Sends batches until the hub has no more to give, which closes the connection, or until
-/// the other side does not take them in time.
+/// the other side does not take them in time: [`WRITE_BYTES`] in each write timeout, or what is
+/// left, is the least progress that keeps a session (S1).
 async fn send_batches<W: AsyncWrite + Unpin>(
     id: SessionId,
     mut write: W,
@@ -229,29 +317,46 @@ async fn send_batches<W: AsyncWrite + Unpin>(
     context: Context,
 ) -> Ended {
     while let Some(batch) = batches.recv().await {
-        match timeout(context.timing.now().write, send(&mut write, &batch)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => return Ended::Gone,
-            Err(_) => {
-                context.metrics.rejected(Reason::Timeout).inc();
-                return Ended::Gone;
+        let mut frames = batch.into_iter();
+        while !frames.as_slice().is_empty() {
+            let Ok(bytes) = encode(&mut frames) else { return Ended::Gone };
+            let sent = async {
+                write.write_all(&bytes).await?;
+                write.flush().await
+            };
+            match timeout(context.timing.now().write, sent).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return Ended::Gone,
+                Err(_) => {
+                    context.metrics.rejected(Reason::Timeout).inc();
+                    return Ended::Gone;
+                }
             }
         }
         if context.sent.send(id).await.is_err() {
             break;
         }
     }
-    let _late = timeout(context.timing.now().write, write.shutdown()).await;
-    Ended::Gone
+    match timeout(context.timing.now().write, write.shutdown()).await {
+        Ok(Ok(())) => Ended::Closed,
+        Ok(Err(_)) | Err(_) => Ended::Gone,
+    }
 }
 
-async fn send<W: AsyncWrite + Unpin>(write: &mut W, batch: &Batch) -> std::io::Result<()> {
-    let mut out = BytesMut::with_capacity(batch.iter().map(Frame::wire_len).sum());
-    for frame in batch {
-        codec::encode(frame, &mut out).map_err(std::io::Error::other)?;
+/// The next frames as bytes: at most [`WRITE_BYTES`], or one frame that is larger.
+fn encode(frames: &mut std::vec::IntoIter<Frame>) -> Result<BytesMut, codec::FrameError> {
+    let (mut count, mut bytes) = (0, 0);
+    for len in frames.as_slice().iter().map(Frame::wire_len) {
+        if count > 0 && bytes + len > WRITE_BYTES {
+            break;
+        }
+        (count, bytes) = (count + 1, bytes + len);
     }
-    write.write_all(&out).await?;
-    write.flush().await
+    let mut out = BytesMut::with_capacity(bytes);
+    for frame in frames.by_ref().take(count) {
+        codec::encode(&frame, &mut out)?;
+    }
+    Ok(out)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod crd;
 mod duration;
 mod gossip;
 mod pod;
+mod size;
 mod status;
 
 use std::collections::BTreeMap;
@@ -25,6 +26,7 @@ pub use crd::{CrdError, crd, crd_json, crd_yaml};
 pub use duration::{Duration, DurationError};
 pub use gossip::{Dedupe, Gossip};
 pub use pod::{Image, PullPolicy, Quantity, Resources, SecretName};
+pub use size::Size;
 pub use status::{Effective, EffectiveLimits, OverlayNodeStatus, TlsSource, TlsStatus};
 
 use duration::within;
@@ -240,6 +242,13 @@ pub struct Limits {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 65_536))]
     pub max_handshakes_in_flight: Option<u32>,
+    /// Connections that have not begun a handshake; past it the oldest of them is closed.
+    #[schemars(range(min = 1, max = 65_536))]
+    pub max_pending: u32,
+    /// What sessions, queues, uploads and messages held may take in all, such as 128Mi or 2Gi:
+    /// writes are shed as it fills. What is held for repair is bounded by half of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Size>,
     /// Requests not yet answered, all sessions.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub inflight: u32,
@@ -371,6 +380,8 @@ impl Default for Limits {
         Self {
             max_sessions: None,
             max_handshakes_in_flight: None,
+            max_pending: 4_096,
+            memory: None,
             inflight: 512,
             requests_per_second: 500,
             per_peer_inflight: None,

@@ -62,6 +62,9 @@ pub struct EffectiveLimits {
     pub max_sessions: i64,
     /// TLS handshakes at once.
     pub max_handshakes_in_flight: i64,
+    /// Bytes that sessions, queues, uploads and messages held may take.
+    #[serde(default)]
+    pub memory_bytes: i64,
     /// Requests not yet answered, all sessions.
     pub inflight: i64,
     /// Requests a second, all sessions.

@@ -6,7 +6,7 @@ use overlay_core::identity::SpiffeId;
 
 use super::names;
 use super::placement::{PEER_TOKEN, Placement, TOKEN_KEYS};
-use crate::api::{Effective, EffectiveLimits, KeyExchange, LogFormat, LogLevel, OverlayNode, Profile, TlsSource};
+use crate::api::{Effective, EffectiveLimits, KeyExchange, LogFormat, LogLevel, OverlayNode, Profile, Size, TlsSource};
 
 /// Pods that a rolling change takes away at once.
 const MAX_UNAVAILABLE: u32 = 1;
@@ -33,6 +33,7 @@ pub fn daemon_config(node: &OverlayNode, at: &Placement) -> DaemonConfig {
     let mut out = DaemonConfig::with_defaults(profile, at.listen, at.admin, tls, token, at.socket.clone());
     limits(node, &mut out.overlay);
     gossip(node, &mut out.gossip);
+    out.gossip.store_bytes = out.gossip.store_bytes.min(out.overlay.memory_bytes / 2);
     out.observability.log_level = match spec.logging.level {
         LogLevel::Error => config::LogLevel::Error,
         LogLevel::Warn => config::LogLevel::Warn,
@@ -67,6 +68,8 @@ fn limits(node: &OverlayNode, out: &mut config::Overlay) {
     }
     out.max_sessions = limits.max_sessions.unwrap_or(out.max_sessions);
     out.max_handshakes_in_flight = limits.max_handshakes_in_flight.unwrap_or(out.max_handshakes_in_flight);
+    out.max_pending = limits.max_pending;
+    out.memory_bytes = limits.memory.as_ref().map_or(out.memory_bytes, Size::bytes);
     out.inflight = limits.inflight;
     out.rps = limits.requests_per_second;
     // A total below the profile's share of one peer narrows that share with it.
@@ -126,6 +129,7 @@ pub fn effective(node: &OverlayNode, image: Option<String>) -> Effective {
         limits: EffectiveLimits {
             max_sessions: overlay.max_sessions.into(),
             max_handshakes_in_flight: overlay.max_handshakes_in_flight.into(),
+            memory_bytes: i64::try_from(overlay.memory_bytes).unwrap_or(i64::MAX),
             inflight: overlay.inflight.into(),
             requests_per_second: overlay.rps.into(),
             per_peer_inflight: overlay.per_peer_inflight.into(),

@@ -8,7 +8,8 @@ use std::collections::VecDeque;
 
 use crate::Millis;
 use crate::admission::{TokenBucket, percent};
-use crate::frame::{CHUNK, Flags, Frame, MAX_BODY};
+use crate::frame::{CHUNK, Flags, Frame, HEADER_LEN, MAX_BODY};
+use crate::memory::FRAME_BYTES;
 
 /// Which lane a frame waits in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +47,12 @@ impl Class {
 /// Frames of the largest message: its Begin and every chunk.
 const LARGEST: usize = 1 + MAX_BODY / CHUNK;
 
+/// Bytes that one lane holds at the most, whatever its depth: eight of the largest messages. By
+/// frames alone a lane of chunks would hold 64 MiB, which a slow reader pins in memory.
+pub const LANE_BYTES: usize = 8 * MAX_BODY;
+/// The most that a frame of a message takes of it: a chunk, its record and its header.
+const LARGEST_FRAME: usize = CHUNK + 4_096 + HEADER_LEN;
+
 /// The lane is full: the frame was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the lane is full")]
@@ -64,6 +71,7 @@ enum Turn {
 #[derive(Debug, Default)]
 struct Lane {
     frames: VecDeque<Frame>,
+    bytes: usize,
     deficit: usize,
 }
 
@@ -78,6 +86,8 @@ pub struct Lanes {
     /// are on their way would make the session look like one that reads nothing.
     control_depth: usize,
     bytes: usize,
+    /// As [`crate::memory`] counts it.
+    cost: u64,
     /// Whose turn it is, and whether it has been given its quantum: a turn that the budget
     /// cut short goes on with the next batch.
     turn: usize,
@@ -98,6 +108,7 @@ impl Lanes {
             depth,
             control_depth: depth,
             bytes: 0,
+            cost: 0,
             turn: 0,
             granted: false,
             bucket: None,
@@ -131,7 +142,7 @@ impl Lanes {
         }
     }
 
-    /// Frames that `class` still takes.
+    /// Frames of any message that `class` still takes.
     #[must_use]
     pub fn room(&self, class: Class) -> usize {
         // Or a message of the largest size, taken whole or not at all, would never go.
@@ -140,7 +151,9 @@ impl Lanes {
             Class::Interactive => self.depth,
             Class::Bulk => self.depth.max(LARGEST),
         };
-        depth.saturating_sub(self.lanes[class.index()].frames.len())
+        let lane = &self.lanes[class.index()];
+        let left = LANE_BYTES.saturating_sub(lane.bytes) / LARGEST_FRAME;
+        depth.saturating_sub(lane.frames.len()).min(left)
     }
 
     /// Queues a frame.
@@ -148,31 +161,41 @@ impl Lanes {
     /// # Errors
     /// [`Full`]; the frame is gone and its pusher knows.
     pub fn push(&mut self, class: Class, frame: Frame) -> Result<(), Full> {
-        if self.room(class) == 0 {
+        let len = frame.wire_len();
+        if self.room(class) == 0 || self.lanes[class.index()].bytes + len > LANE_BYTES {
             return Err(Full);
         }
-        self.bytes += frame.wire_len();
-        self.lanes[class.index()].frames.push_back(frame);
+        self.bytes += len;
+        self.cost += cost(class, &frame);
+        let lane = &mut self.lanes[class.index()];
+        lane.bytes += len;
+        lane.frames.push_back(frame);
         Ok(())
     }
 
     /// Queues the last frame of a stream behind all of it that waits, whatever its lane: what
     /// does moves to the slowest, in its order. Taken past the depth, once a stream.
     pub fn push_last(&mut self, end: Frame) {
-        let interactive = &mut self.lanes[Class::Interactive.index()].frames;
+        let interactive = &mut self.lanes[Class::Interactive.index()];
         let (waiting, others): (VecDeque<_>, VecDeque<_>) =
-            std::mem::take(interactive).into_iter().partition(|frame| frame.corr_id == end.corr_id);
-        *interactive = others;
-        self.bytes += end.wire_len();
-        let bulk = &mut self.lanes[Class::Bulk.index()].frames;
-        bulk.extend(waiting);
-        bulk.push_back(end);
+            std::mem::take(&mut interactive.frames).into_iter().partition(|frame| frame.corr_id == end.corr_id);
+        let moved: usize = waiting.iter().map(Frame::wire_len).sum();
+        interactive.frames = others;
+        interactive.bytes -= moved;
+        let len = end.wire_len();
+        self.bytes += len;
+        self.cost += cost(Class::Bulk, &end);
+        let bulk = &mut self.lanes[Class::Bulk.index()];
+        bulk.bytes += moved + len;
+        bulk.frames.extend(waiting);
+        bulk.frames.push_back(end);
     }
 
     /// Queues a frame before everything that waits, of any lane. Taken past the depth: its
     /// pusher bounds how many there are.
     pub fn push_first(&mut self, frame: Frame) {
         self.bytes += frame.wire_len();
+        self.cost += cost(Class::Control, &frame);
         self.first.push(frame);
     }
 
@@ -190,6 +213,7 @@ impl Lanes {
         let mut out = std::mem::take(&mut self.first);
         let mut spent = out.iter().map(Frame::wire_len).sum();
         self.bytes -= spent;
+        self.cost -= out.iter().map(|frame| cost(Class::Control, frame)).sum::<u64>();
         let mut idle = 0; // turns in a row that had nothing they may send
         while idle < Class::ALL.len() {
             match self.take_turn(budget, now, &mut spent, &mut out) {
@@ -223,7 +247,9 @@ impl Lanes {
             }
             let Some(frame) = lane.frames.pop_front() else { break };
             lane.deficit -= len;
+            lane.bytes -= len;
             self.bytes -= len;
+            self.cost -= cost(class, &frame);
             *spent += len;
             out.push(frame);
         }
@@ -258,12 +284,26 @@ impl Lanes {
         self.bytes
     }
 
+    /// What is queued, as [`crate::memory`] counts it.
+    #[must_use]
+    pub fn cost(&self) -> u64 {
+        self.cost
+    }
+
     /// How full the fullest of the lanes for messages and chunks is, 0 to 100.
     #[must_use]
     pub fn percent(&self) -> u8 {
-        let fullest = self.lanes[1..].iter().map(|lane| lane.frames.len()).max().unwrap_or(0);
-        percent(fullest as u64, self.depth as u64)
+        let full = |lane: &Lane| {
+            percent(lane.frames.len() as u64, self.depth as u64).max(percent(lane.bytes as u64, LANE_BYTES as u64))
+        };
+        self.lanes[1..].iter().map(full).max().unwrap_or(0)
     }
+}
+
+/// A message's payload is shared by every queue that it waits in, and counted where it is kept.
+fn cost(class: Class, frame: &Frame) -> u64 {
+    let own = if class == Class::Control { frame.payload.len() + frame.cap.len() } else { 0 };
+    FRAME_BYTES + own as u64
 }
 
 #[cfg(test)]
@@ -273,6 +313,8 @@ mod tests {
     use super::*;
     use crate::frame::AppProto;
     use crate::identity::TenantId;
+
+    const BATCH: usize = 256 * 1024;
 
     fn frame(len: usize) -> Frame {
         Frame::new(Flags::EVENT, AppProto::PUBSUB, TenantId(0), 1, Bytes::from(vec![0; len]))
@@ -288,17 +330,31 @@ mod tests {
         assert_eq!((lanes.len(), lanes.bytes(), lanes.percent()), (0, 0, 0));
     }
 
+    /// I-5, S1: a lane is bounded in bytes too, and takes the largest message in any case.
+    #[test]
+    fn s1_a_lane_is_bounded_in_bytes() {
+        let mut lanes = Lanes::new(65_536);
+        let taken = (0..1_000).filter(|_| lanes.push(Class::Bulk, frame(CHUNK)).is_ok()).count();
+        assert!((100..=128).contains(&taken), "{taken}");
+        assert!(lanes.bytes() <= LANE_BYTES && lanes.percent() >= 95 && lanes.room(Class::Bulk) == 0);
+        assert_eq!(lanes.cost(), taken as u64 * FRAME_BYTES, "what is shared is counted elsewhere");
+        assert!(lanes.push(Class::Control, frame(10)).is_ok(), "each lane on its own");
+        while !lanes.take(BATCH, Millis(0)).is_empty() {}
+        assert_eq!((lanes.bytes(), lanes.cost(), lanes.percent()), (0, 0, 0));
+        assert!(lanes.room(Class::Bulk) >= LARGEST);
+    }
+
     /// G8: shares follow the weights within 5%, whatever the frames' sizes.
     #[test]
     fn shares_follow_weights() {
         let mut lanes = Lanes::new(90_000);
         for (class, len, count) in
-            [(Class::Control, 1_000, 20_000), (Class::Interactive, 64, 90_000), (Class::Bulk, 65_536, 80)]
+            [(Class::Control, 1_000, 6_000), (Class::Interactive, 64, 30_000), (Class::Bulk, 65_536, 80)]
         {
             (0..count).for_each(|_| lanes.push(class, frame(len)).unwrap());
         }
         let mut bytes = [0_usize; 3];
-        for sent in (0..60).flat_map(|_| lanes.take(256 * 1024, Millis(0))) {
+        for sent in (0..24).flat_map(|_| lanes.take(256 * 1024, Millis(0))) {
             let lane = match sent.payload.len() {
                 1_000 => 0,
                 64 => 1,

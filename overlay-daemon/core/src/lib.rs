@@ -20,6 +20,7 @@ pub mod budget;
 pub mod session;
 pub mod gossip;
 pub mod lanes;
+pub mod memory;
 pub mod readiness;
 pub mod node;
 

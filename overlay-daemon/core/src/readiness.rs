@@ -3,6 +3,7 @@
 
 use crate::Millis;
 use crate::config::Readiness;
+use crate::node::Clock;
 
 /// One condition of readiness.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +14,8 @@ pub struct Condition {
     pub ok: bool,
     /// Why it does not, or what it rests on; for a person.
     pub reason: String,
+    /// Since when it holds, or does not: milliseconds since 1970.
+    pub since_ms: u64,
 }
 
 /// What `/readyz` answers.
@@ -27,14 +30,21 @@ pub struct Report {
 /// What the conditions rest on, as the shell last saw it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
-    /// Every listener is bound and accepting.
+    /// Every listener is bound, and none has failed to accept for want of a descriptor or of
+    /// memory within the last second.
     pub listeners: bool,
     /// Milliseconds since the hub last answered.
     pub bus_age_ms: u64,
     /// Certificates, trust and token keys are loaded and valid; else why not.
     pub kms: Option<&'static str>,
+    /// The configuration's files, as they are now, are in use. Where they are not, what was
+    /// in use before still is: that is no reason not to be ready, and is said all the same.
+    pub config: Option<&'static str>,
     /// How full queues and in-flight are, 0 to 100: see [`crate::node::Node::pressure`].
     pub queues_percent: u8,
+    /// How much of the memory budget is used, 0 to 100: see [`crate::memory`]. Part of the
+    /// condition `queues`, since queues and what waits for them are what uses it.
+    pub memory_percent: u8,
     /// File descriptors in use, of those allowed, 0 to 100.
     pub descriptors_percent: u8,
     /// Distinct daemons with an active session.
@@ -54,13 +64,15 @@ pub struct Gate {
     overloaded: bool,
     /// When enough peers were last seen.
     enough_peers: Option<Millis>,
+    /// What was said last.
+    said: Vec<Condition>,
 }
 
 impl Gate {
     /// A gate that has seen nothing yet.
     #[must_use]
     pub fn new(config: Readiness) -> Self {
-        Self { config, shedding: false, overloaded: false, enough_peers: None }
+        Self { config, shedding: false, overloaded: false, enough_peers: None, said: Vec::new() }
     }
 
     /// Other thresholds from now on; what was said stays said until they say otherwise.
@@ -70,9 +82,11 @@ impl Gate {
         }
     }
 
-    /// Judges the facts at `now`.
-    pub fn handle_facts(&mut self, facts: &Facts, now: Millis) -> Report {
-        let pressure = facts.queues_percent.max(facts.descriptors_percent);
+    /// Judges the facts at `clock`.
+    pub fn handle_facts(&mut self, facts: &Facts, clock: Clock) -> Report {
+        let now = clock.now;
+        let waiting = facts.queues_percent.max(facts.memory_percent);
+        let pressure = waiting.max(facts.descriptors_percent);
         self.shedding =
             pressure >= self.config.shed_at_percent || (self.shedding && pressure >= self.config.recover_at_percent);
         self.overloaded = pressure >= self.config.unready_at_percent
@@ -84,17 +98,27 @@ impl Gate {
         let peers = facts.peers >= self.config.min_peers || self.enough_peers.is_some_and(|at| now.since(at) < grace);
         let within = |percent: u8| !self.overloaded || percent < self.config.recover_at_percent;
         let bus = facts.bus_age_ms < BUS_MS;
-        let conditions = vec![
-            condition("listeners", facts.listeners, "not every listener is accepting"),
+        let mut conditions = vec![
+            condition("listeners", facts.listeners, "accepting connections fails"),
             condition("bus", bus, "the hub has not answered for a second"),
-            condition("config", true, ""),
+            counted("config", true, facts.config.unwrap_or_default().to_owned()),
             condition("transport", facts.listeners && facts.kms.is_none(), "no session can be accepted or dialled"),
             condition("kms", facts.kms.is_none(), facts.kms.unwrap_or_default()),
-            counted("queues", within(facts.queues_percent), format!("{}% full", facts.queues_percent)),
+            counted(
+                "queues",
+                within(waiting),
+                format!("{}% full, {}% of memory used", facts.queues_percent, facts.memory_percent),
+            ),
             counted("peers", peers, format!("{} of at least {} peers", facts.peers, self.config.min_peers)),
             counted("descriptors", within(facts.descriptors_percent), format!("{}% in use", facts.descriptors_percent)),
             condition("draining", !facts.draining, "the daemon was told to stop"),
         ];
+        for (condition, before) in conditions.iter_mut().zip(self.said.iter().map(Some).chain(std::iter::repeat(None)))
+        {
+            let same = before.filter(|before| before.ok == condition.ok);
+            condition.since_ms = same.map_or(clock.unix_ms, |before| before.since_ms);
+        }
+        self.said.clone_from(&conditions);
         Report { ready: conditions.iter().all(|condition| condition.ok), conditions }
     }
 
@@ -106,11 +130,11 @@ impl Gate {
 }
 
 fn condition(name: &'static str, ok: bool, otherwise: &str) -> Condition {
-    Condition { name, ok, reason: if ok { String::new() } else { otherwise.to_owned() } }
+    Condition { name, ok, reason: if ok { String::new() } else { otherwise.to_owned() }, since_ms: 0 }
 }
 
 fn counted(name: &'static str, ok: bool, reason: String) -> Condition {
-    Condition { name, ok, reason }
+    Condition { name, ok, reason, since_ms: 0 }
 }
 
 #[cfg(test)]
@@ -119,6 +143,10 @@ mod tests {
 
     fn calm() -> Facts {
         Facts { listeners: true, ..Facts::default() }
+    }
+
+    fn at(ms: u64) -> Clock {
+        Clock { now: Millis(ms), unix_ms: 1_000_000 + ms }
     }
 
     fn missing(report: &Report) -> Vec<&'static str> {
@@ -136,11 +164,13 @@ mod tests {
             (Facts { bus_age_ms: 1_000, ..with_peer.clone() }, vec!["bus"]),
             (Facts { kms: Some("expired"), ..with_peer.clone() }, vec!["transport", "kms"]),
             (Facts { queues_percent: 90, ..with_peer.clone() }, vec!["queues"]),
+            (Facts { memory_percent: 90, ..with_peer.clone() }, vec!["queues"]),
+            (Facts { config: Some("refused"), ..with_peer.clone() }, vec![]),
             (Facts { descriptors_percent: 95, ..with_peer.clone() }, vec!["descriptors"]),
             (Facts { draining: true, ..with_peer.clone() }, vec!["draining"]),
             (calm(), vec!["peers"]),
         ] {
-            let report = Gate::new(config.clone()).handle_facts(&facts, Millis(5));
+            let report = Gate::new(config.clone()).handle_facts(&facts, at(5));
             assert_eq!((missing(&report), report.ready), (want.clone(), want.is_empty()));
         }
     }
@@ -151,7 +181,7 @@ mod tests {
         let mut gate = Gate::new(Readiness::default());
         let seen: Vec<_> = [79, 80, 89, 90, 80, 60, 59, 80]
             .map(|queues_percent| {
-                let report = gate.handle_facts(&Facts { queues_percent, ..calm() }, Millis(0));
+                let report = gate.handle_facts(&Facts { queues_percent, ..calm() }, at(0));
                 (gate.is_shedding(), report.ready)
             })
             .into();
@@ -168,10 +198,43 @@ mod tests {
         assert_eq!(seen, want);
     }
 
+    /// I-6: each source of pressure alone sheds and recovers as queues do, with hysteresis.
+    #[test]
+    fn s3_descriptors_and_memory_recover_with_hysteresis() {
+        type Fill = fn(u8) -> Facts;
+        let descriptors: Fill = |percent| Facts { descriptors_percent: percent, ..calm() };
+        let memory: Fill = |percent| Facts { memory_percent: percent, ..calm() };
+        for fill in [descriptors, memory] {
+            let mut gate = Gate::new(Readiness::default());
+            let seen = [85, 95, 61, 59].map(|percent| {
+                let report = gate.handle_facts(&fill(percent), at(0));
+                (gate.is_shedding(), report.ready)
+            });
+            assert_eq!(seen, [(true, true), (true, false), (true, false), (false, true)]);
+        }
+    }
+
+    /// Each condition says since when it is as it is; that another changes, or its reason does,
+    /// is nothing to it.
+    #[test]
+    fn conditions_say_since_when() {
+        let mut gate = Gate::new(Readiness::default());
+        let mut since = |queues_percent, draining, ms| {
+            let facts = Facts { queues_percent, draining, ..calm() };
+            let report = gate.handle_facts(&facts, at(ms));
+            ["queues", "draining"]
+                .map(|name| report.conditions.iter().find(|c| c.name == name).map_or(0, |c| c.since_ms - 1_000_000))
+        };
+        assert_eq!(since(10, false, 5), [5, 5]);
+        assert_eq!(since(95, false, 7), [7, 5]);
+        assert_eq!(since(93, true, 9), [7, 9]);
+        assert_eq!(since(50, true, 11), [11, 9]);
+    }
+
     #[test]
     fn lost_peers_are_forgiven_for_a_while_but_not_at_the_start() {
         let mut gate = Gate::new(Readiness { min_peers: 1, ..Readiness::default() });
-        let mut at = |peers, now| gate.handle_facts(&Facts { peers, ..calm() }, Millis(now)).ready;
+        let mut at = |peers, now| gate.handle_facts(&Facts { peers, ..calm() }, at(now)).ready;
         assert_eq!(
             [at(0, 0), at(1, 10), at(0, 20), at(0, 10_009), at(0, 10_010), at(1, 10_011)],
             [false, true, true, true, false, true]

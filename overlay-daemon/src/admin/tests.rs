@@ -83,7 +83,7 @@ async fn a2_four_paths_and_nothing_else() {
 #[tokio::test]
 async fn readiness_is_the_reports() {
     let mut running = start().await;
-    let condition = |name, ok, reason: &str| Condition { name, ok, reason: reason.into() };
+    let condition = |name, ok, reason: &str| Condition { name, ok, reason: reason.into(), since_ms: 7 };
     let peers = "0 of 2 peers";
     running.report.send_replace(Report {
         ready: false,
@@ -91,7 +91,7 @@ async fn readiness_is_the_reports() {
     });
     let answer = running.get("/readyz").await;
     assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nretry-after: 1\r\n"), "{answer}");
-    let body = "{\"ready\":false,\"config\":\"0123456789abcdef\",\"peers\":\"fedcba98\",\"conditions\":[{\"name\":\"bus\",\"ok\":true,\"reason\":\"\"},{\"name\":\"peers\",\"ok\":false,\"reason\":\"0 of 2 peers\"}]}";
+    let body = "{\"ready\":false,\"config\":\"0123456789abcdef\",\"peers\":\"fedcba98\",\"conditions\":[{\"name\":\"bus\",\"ok\":true,\"reason\":\"\",\"since_ms\":7},{\"name\":\"peers\",\"ok\":false,\"reason\":\"0 of 2 peers\",\"since_ms\":7}]}";
     assert!(answer.ends_with(body), "{answer}");
 
     running.report.send_replace(Report { ready: true, conditions: vec![condition("bus", true, "")] });

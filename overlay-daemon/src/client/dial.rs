@@ -142,6 +142,8 @@ async fn remote(address: &str, args: &RemoteArgs, local: &SocketArgs) -> Result<
         idle: connection::ANSWER_TIMEOUT,
         max_handshakes_in_flight: 1,
         decompression_ratio: overlay_core::compress::MAX_RATIO,
+        max_pending: 1,
+        max_reading: u64::MAX,
     };
     let dialled = transport::dial(address, &tls, &config, clock).await.map_err(DialError::Transport)?;
     if !wanted.covers(&dialled.peer) {

@@ -8,6 +8,7 @@ use overlay_core::control::{Hello, Incarnation, MAX_CONTROL, MAX_TOPICS, Open, j
 use overlay_core::frame::{AppProto, CHUNK, Flags, Frame, MAX_BODY, MAX_CAP, MAX_FRAME};
 use overlay_core::gossip::{ANNOUNCE_MS, GRAFT_MS};
 use overlay_core::identity::{MAX_ID, MAX_TOPIC, TenantId};
+use overlay_core::lanes::LANE_BYTES;
 use overlay_core::record::{Envelope, MAX_ANNOUNCED, Publish, Record};
 use overlay_core::session::{MAX_PING, MAX_STREAMS};
 use overlay_core::status::{Refusal, Status};
@@ -86,12 +87,16 @@ fn limits_and_timers_are_those_of_the_code() {
         ("topics of a subscription", MAX_TOPICS),
         ("streams that one side has open in a session", MAX_STREAMS),
         ("ids of an announcement", MAX_ANNOUNCED),
+        ("bytes that wait in one queue of a session (there are three)", LANE_BYTES),
         ("from accept to HELLO answered, TLS included (`handshake_timeout_ms`)", ms(timers.handshake_timeout_ms)),
         (
             "from a frame's first byte to its last, and from a publisher's Begin or chunk to its next chunk (`read_timeout_ms`)",
             ms(timers.read_timeout_ms),
         ),
-        ("queued bytes must leave (`write_timeout_ms`)", ms(timers.write_timeout_ms)),
+        (
+            "queued bytes must leave, 65,536 of them or all that is queued (`write_timeout_ms`)",
+            ms(timers.write_timeout_ms),
+        ),
         ("without a frame either way the session ends (`idle_timeout_ms`)", ms(timers.idle_timeout_ms)),
         ("announcements wait for company, at most", ms(ANNOUNCE_MS)),
         ("without progress, the missing chunks of a begun message are asked for by Graft", ms(GRAFT_MS)),

@@ -1,6 +1,8 @@
 //! Sessions over pipes in memory, with the hub that a daemon runs: what the reader inflates, and
 //! when it reads nothing.
 
+mod slow;
+
 use overlay_core::config::{DaemonConfig, FORMAT, KeyExchange, PeersConfig, Profile};
 use overlay_core::control::{Hello, Incarnation, Open, json};
 use overlay_core::frame::AppProto;
@@ -40,7 +42,8 @@ impl Bench {
         let heartbeat = watch::channel(Heartbeat::default()).0;
         let timing = Timing::from(TransportConfig::from(&config.overlay));
         let context = Context::new(hub, sender, keys.verifier(), timing, clock, Arc::clone(&metrics));
-        let hub = Hub { node, clock, metrics, peers: Peers::default(), inputs, sent, heartbeat };
+        let reading = context.reading.clone();
+        let hub = Hub { node, clock, metrics, reading, peers: Peers::default(), inputs, sent, heartbeat };
         let mut tasks = JoinSet::new();
         tasks.spawn(hub.run(CancellationToken::new()));
         let mut claims = local_claims();

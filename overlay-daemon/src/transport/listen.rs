@@ -8,24 +8,63 @@ use std::sync::Arc;
 use rustls::server::Acceptor;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use tokio_rustls::{LazyConfigAcceptor, TlsStream};
 
-use super::pending::{MAX_PENDING, Pending, Place};
-use super::{Connection, EXHAUSTED_PAUSE, HandshakeError, Timing};
+use super::pace::{Pace, is_callers};
+use super::pending::{Pending, Place};
+use super::{Connection, Descriptors, HandshakeError, Timing};
 use crate::clock::Clock;
 use crate::kms::{ALPN, KeySet};
+
+/// Handshakes that may wait for their turn, for each that may be under way: at a thousand a
+/// second, a fraction of their deadline. Who comes later is refused at once, since it would wait
+/// for nothing.
+const WAITING: usize = 16;
+
+/// Why a connection was not accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum AcceptError {
+    /// No descriptor was left for it, and no silent connection to take one from.
+    #[error("as many connections are open as descriptors allow")]
+    Crowded,
+    /// The system refuses.
+    #[error(transparent)]
+    Failed(#[from] io::Error),
+}
+
+impl AcceptError {
+    /// Whether the daemon cannot accept anybody for now, for want of what the system gives.
+    #[must_use]
+    pub fn is_failure(&self) -> bool {
+        matches!(self, Self::Failed(error) if !is_callers(error))
+    }
+}
+
+/// Handshakes under way, and those that wait. Other bounds are another pair: handshakes that have
+/// begun finish under the old one.
+struct Handshakes {
+    most: usize,
+    running: Semaphore,
+    waiting: Semaphore,
+}
+
+impl Handshakes {
+    fn new(most: usize) -> Arc<Self> {
+        let permits = |count: usize| Semaphore::new(count.clamp(1, Semaphore::MAX_PERMITS));
+        Arc::new(Self { most, running: permits(most), waiting: permits(most.saturating_mul(WAITING)) })
+    }
+}
 
 /// A listening TCP socket.
 pub struct Listener {
     socket: TcpListener,
     timing: Timing,
     clock: Clock,
-    /// As many permits as handshakes may be in flight, and that number. Another number is
-    /// another semaphore: handshakes that have begun finish under the old one.
-    handshakes: (usize, Arc<Semaphore>),
+    handshakes: Arc<Handshakes>,
     pending: Pending,
-    not_before: Option<Instant>,
+    descriptors: Descriptors,
+    pace: Pace,
 }
 
 impl Listener {
@@ -33,16 +72,22 @@ impl Listener {
     ///
     /// # Errors
     /// The system refuses the address.
-    pub async fn bind(address: SocketAddr, timing: impl Into<Timing>, clock: Clock) -> io::Result<Self> {
+    pub async fn bind(
+        address: SocketAddr,
+        timing: impl Into<Timing>,
+        descriptors: Descriptors,
+        clock: Clock,
+    ) -> io::Result<Self> {
         let timing = timing.into();
-        let handshakes = semaphore(timing.now().max_handshakes_in_flight);
+        let handshakes = Handshakes::new(timing.now().max_handshakes_in_flight);
         Ok(Self {
             socket: TcpListener::bind(address).await?,
             timing,
             clock,
             handshakes,
             pending: Pending::default(),
-            not_before: None,
+            descriptors,
+            pace: Pace::default(),
         })
     }
 
@@ -59,50 +104,30 @@ impl Listener {
         &self.pending
     }
 
-    /// The next connection. Cancellation loses none. After an error call it again: when
-    /// descriptors have run out, the next call pauses by itself.
+    /// The next connection. Cancellation loses none. After an error call it again: it pauses by
+    /// itself where that is called for.
     ///
     /// # Errors
-    /// Accepting failed, which is worth counting; the listener stays usable.
-    pub async fn accept(&mut self) -> io::Result<Accepted> {
-        if let Some(not_before) = self.not_before {
-            sleep_until(not_before).await;
-            self.not_before = None;
+    /// Nobody was accepted, which is worth counting; the listener stays usable.
+    pub async fn accept(&mut self) -> Result<Accepted, AcceptError> {
+        self.pace.ready().await;
+        let (stream, address) = self.socket.accept().await.inspect_err(|error| self.pace.failed(error, self.clock))?;
+        // Frames are gathered into few writes by their writer; none should wait for another. Where
+        // that fails the caller has gone already, which its handshake will notice.
+        let _gone = stream.set_nodelay(true);
+        let config = self.timing.now();
+        if config.max_handshakes_in_flight != self.handshakes.most {
+            self.handshakes = Handshakes::new(config.max_handshakes_in_flight);
         }
-        match self.socket.accept().await {
-            Ok((stream, address)) => {
-                // Frames are gathered into few writes by their writer; none should wait for another.
-                stream.set_nodelay(true)?;
-                let config = self.timing.now();
-                if config.max_handshakes_in_flight != self.handshakes.0 {
-                    self.handshakes = semaphore(config.max_handshakes_in_flight);
-                }
-                Ok(Accepted {
-                    stream,
-                    address,
-                    deadline: self.clock.deadline(config.handshake),
-                    place: self.pending.enter(MAX_PENDING),
-                    handshakes: Arc::clone(&self.handshakes.1),
-                })
-            }
-            Err(error) => {
-                if !is_callers(&error) {
-                    self.not_before = Some(self.clock.deadline(EXHAUSTED_PAUSE));
-                }
-                Err(error)
-            }
-        }
+        let place = self.pending.enter(config.max_pending, self.descriptors.take()).ok_or(AcceptError::Crowded)?;
+        Ok(Accepted {
+            stream,
+            address,
+            deadline: self.clock.deadline(config.handshake),
+            place,
+            handshakes: Arc::clone(&self.handshakes),
+        })
     }
-}
-
-fn semaphore(permits: usize) -> (usize, Arc<Semaphore>) {
-    (permits, Arc::new(Semaphore::new(permits.clamp(1, Semaphore::MAX_PERMITS))))
-}
-
-/// Whether accepting failed for the caller's sake (it had gone already) and not for ours.
-fn is_callers(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
-    matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted)
 }
 
 /// A TCP connection that has not shown anything yet.
@@ -111,7 +136,7 @@ pub struct Accepted {
     address: SocketAddr,
     deadline: Instant,
     place: Place,
-    handshakes: Arc<Semaphore>,
+    handshakes: Arc<Handshakes>,
 }
 
 impl Accepted {
@@ -142,15 +167,18 @@ impl Accepted {
             hello = hello => Box::new(hello?),
             () = place.evicted() => return Err(HandshakeError::Crowded),
         };
-        drop(place);
+        let descriptor = place.leave().ok_or(HandshakeError::Crowded)?;
         let offers = hello.client_hello().alpn().is_some_and(|mut offered| offered.any(|name| name == ALPN));
         if !offers {
             // TLS itself lets a client that offers none through.
             return Err(HandshakeError::Alpn);
         }
-        let permit = handshakes.acquire().await.map_err(|_| HandshakeError::Gone)?;
+        let turn = handshakes.waiting.try_acquire().map_err(|_| HandshakeError::Busy)?;
+        let permit = handshakes.running.acquire().await.map_err(|_| HandshakeError::Gone)?;
+        drop(turn);
         let stream = Box::pin(hello.into_stream(Arc::clone(keys.server()))).await?;
         drop(permit);
-        Connection::establish(TlsStream::from(stream), deadline)
+        let connection = Connection::establish(TlsStream::from(stream), deadline)?;
+        Ok(Connection { descriptor: Some(descriptor), ..connection })
     }
 }

@@ -16,22 +16,21 @@ use tokio_rustls::TlsStream;
 
 use crate::kms::{ALPN, IdentityError, KeyExchangeGroup, Leaf};
 
+mod descriptors;
 mod dial;
 mod listen;
+mod pace;
 mod pending;
 mod unix;
 
 #[cfg(test)]
 mod tests;
 
+pub use descriptors::{Descriptor, Descriptors};
 pub use dial::{DialError, dial};
-pub use listen::{Accepted, Listener};
-pub use pending::MAX_PENDING;
+pub use listen::{AcceptError, Accepted, Listener};
+pub use pace::{EXHAUSTED_PAUSE, is_callers};
 pub use unix::{LocalConnection, LocalError, LocalListener};
-
-/// How long an accept loop waits once the system has no descriptor or memory for another
-/// connection: one without it spins.
-pub const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 /// The timeouts and caps of a transport (I-2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +45,10 @@ pub struct TransportConfig {
     pub idle: Duration,
     /// TLS handshakes at once, counted from a complete ClientHello.
     pub max_handshakes_in_flight: usize,
+    /// Connections without a complete ClientHello.
+    pub max_pending: usize,
+    /// Bytes that readers' buffers may take in all before a frame over 64 KiB is refused.
+    pub max_reading: u64,
     /// An inflated payload as a multiple of the compressed one, at the most.
     pub decompression_ratio: u8,
 }
@@ -83,6 +86,9 @@ impl From<&Overlay> for TransportConfig {
             write: Duration::from_millis(overlay.write_timeout_ms),
             idle: Duration::from_millis(overlay.idle_timeout_ms),
             max_handshakes_in_flight: usize::try_from(overlay.max_handshakes_in_flight).unwrap_or(usize::MAX),
+            max_pending: usize::try_from(overlay.max_pending).unwrap_or(usize::MAX),
+            // A quarter: beside what is held, what is queued and the sessions themselves.
+            max_reading: overlay.memory_bytes / 4,
             decompression_ratio: overlay.decompression_ratio,
         }
     }
@@ -103,6 +109,8 @@ pub struct Connection {
     pub group: KeyExchangeGroup,
     /// Until when HELLO must be answered: the handshake's deadline covers it too.
     pub deadline: Instant,
+    /// What it costs, where it was accepted: held for as long as the connection is.
+    pub descriptor: Option<Descriptor>,
 }
 
 impl Connection {
@@ -115,7 +123,15 @@ impl Connection {
         let leaf = Leaf::of_chain(tls.peer_certificates())?;
         let group = KeyExchangeGroup::of(tls).ok_or(HandshakeError::KeyExchange)?;
         let chain = tls.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect();
-        Ok(Self { stream, peer: leaf.identity, chain, peer_not_after_ms: leaf.not_after_ms, group, deadline })
+        Ok(Self {
+            stream,
+            peer: leaf.identity,
+            chain,
+            peer_not_after_ms: leaf.not_after_ms,
+            group,
+            deadline,
+            descriptor: None,
+        })
     }
 }
 
@@ -125,9 +141,13 @@ pub enum HandshakeError {
     /// It took longer than [`TransportConfig::handshake`].
     #[error("the handshake was not over in time")]
     Timeout,
-    /// It said nothing while [`MAX_PENDING`] others wanted in, and it was the oldest.
+    /// It said nothing while [`TransportConfig::max_pending`] others wanted in, and it was the
+    /// oldest.
     #[error("closed to make room: it had sent no ClientHello")]
     Crowded,
+    /// As many handshakes as may be were under way, and as many waited for their turn.
+    #[error("too many handshakes wait for their turn")]
+    Busy,
     /// The other side went away.
     #[error("the connection ended during the handshake")]
     Gone,
@@ -155,7 +175,7 @@ impl HandshakeError {
     pub fn reason(&self) -> Option<Reason> {
         match self {
             Self::Timeout => Some(Reason::Timeout),
-            Self::Crowded => Some(Reason::Overflow),
+            Self::Crowded | Self::Busy => Some(Reason::Overflow),
             Self::Tls(_) | Self::Alpn | Self::Identity(_) | Self::KeyExchange => Some(Reason::Tls),
             Self::Gone | Self::Io(_) => None,
         }

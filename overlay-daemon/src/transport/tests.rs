@@ -22,6 +22,8 @@ const CONFIG: TransportConfig = TransportConfig {
     write: Duration::from_secs(5),
     idle: Duration::from_secs(15),
     max_handshakes_in_flight: 64,
+    max_pending: 4_096,
+    max_reading: 32 << 20,
     decompression_ratio: overlay_core::compress::MAX_RATIO,
 };
 
@@ -106,7 +108,8 @@ type Outcome = (Result<(String, KeyExchangeGroup, Option<HandshakeKind>), Handsh
 /// One connection, until a byte has arrived at the client or it has been told why not.
 async fn connect(server: &Keys, client: &Arc<ClientConfig>) -> Outcome {
     let clock = Clock::start();
-    let mut listener = Listener::bind("127.0.0.1:0".parse().unwrap(), CONFIG, clock).await.unwrap();
+    let mut listener =
+        Listener::bind("127.0.0.1:0".parse().unwrap(), CONFIG, Descriptors::of(1_024), clock).await.unwrap();
     let address = listener.local_addr().unwrap();
     let accept = async {
         let mut accepted = listener.accept().await.unwrap().handshake(&server.current()).await?;
@@ -220,7 +223,8 @@ async fn a_dial_ends_in_a_connection_or_names_the_address() {
     let authority = Authority::new();
     let (server, clock) = (keys(&authority, KeyExchange::RequireHybrid), Clock::start());
     let tls = client(&authority, KeyExchange::RequireHybrid);
-    let mut listener = Listener::bind("127.0.0.1:0".parse().unwrap(), CONFIG, clock).await.unwrap();
+    let mut listener =
+        Listener::bind("127.0.0.1:0".parse().unwrap(), CONFIG, Descriptors::of(1_024), clock).await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let accept = async { listener.accept().await.unwrap().handshake(&server.current()).await };
     let (accepted, dialled) = tokio::join!(accept, dial(&address, &tls, &CONFIG, clock));
@@ -237,7 +241,8 @@ async fn a_dial_ends_in_a_connection_or_names_the_address() {
 #[tokio::test(start_paused = true)]
 async fn the_silent_are_closed_at_the_deadline() {
     let server = keys(&Authority::new(), KeyExchange::RequireHybrid);
-    let mut listener = Listener::bind("127.0.0.1:0".parse().unwrap(), CONFIG, Clock::start()).await.unwrap();
+    let mut listener =
+        Listener::bind("127.0.0.1:0".parse().unwrap(), CONFIG, Descriptors::of(1_024), Clock::start()).await.unwrap();
     for said in [&b""[..], &[0x16, 3, 1, 0, 0x80, 1][..]] {
         let mut silent = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         silent.write_all(said).await.unwrap();
@@ -257,7 +262,8 @@ async fn the_silent_are_closed_at_the_deadline() {
 #[tokio::test]
 async fn what_is_not_tls_is_refused_and_what_leaves_is_not() {
     let server = keys(&Authority::new(), KeyExchange::RequireHybrid);
-    let mut listener = Listener::bind("127.0.0.1:0".parse().unwrap(), CONFIG, Clock::start()).await.unwrap();
+    let mut listener =
+        Listener::bind("127.0.0.1:0".parse().unwrap(), CONFIG, Descriptors::of(1_024), Clock::start()).await.unwrap();
     for (said, want) in [(&b"GET / HTTP/1.1\r\n\r\n"[..], Some(Reason::Tls)), (&b""[..], None)] {
         let mut caller = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         caller.write_all(said).await.unwrap();
@@ -270,12 +276,13 @@ async fn what_is_not_tls_is_refused_and_what_leaves_is_not() {
 /// Past the bound the oldest silent connection makes room, and no other.
 #[tokio::test]
 async fn the_oldest_silent_connection_makes_room() {
-    let pending = Pending::default();
-    let (mut first, second) = (pending.enter(2), pending.enter(2));
+    let (pending, descriptors) = (Pending::default(), Descriptors::of(64));
+    let enter = || pending.enter(2, descriptors.take()).unwrap();
+    let (mut first, second) = (enter(), enter());
     drop(second);
-    let mut third = pending.enter(2);
+    let mut third = enter();
     assert_eq!(pending.len(), 2);
-    let _fourth = pending.enter(2);
+    let _fourth = enter();
     assert_eq!(pending.len(), 2);
     first.evicted().await;
     drop(first);
@@ -289,7 +296,7 @@ async fn a_unix_socket_is_its_owners() {
     use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("overlay.sock");
-    let bind = || LocalListener::bind(&path, &[], CONFIG, Clock::start());
+    let bind = || LocalListener::bind(&path, &[], CONFIG, Descriptors::of(1_024), Clock::start());
     let mut listener = bind().unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
     assert!(matches!(bind(), Err(LocalError::InUse(_))), "somebody answers");
@@ -309,6 +316,77 @@ async fn a_unix_socket_is_its_owners() {
     std::fs::write(&path, "not a socket").unwrap();
     assert!(matches!(bind(), Err(LocalError::NotASocket(_))));
     assert_eq!(std::fs::read(&path).unwrap(), b"not a socket");
-    let nowhere = LocalListener::bind(&folder.path().join("no/overlay.sock"), &[], CONFIG, Clock::start());
+    let nowhere = LocalListener::bind(
+        &folder.path().join("no/overlay.sock"),
+        &[],
+        CONFIG,
+        Descriptors::of(1_024),
+        Clock::start(),
+    );
     assert!(matches!(nowhere, Err(LocalError::Bind { .. })));
+}
+
+/// S3: without a descriptor left, the oldest silent connection makes room; what has spoken never
+/// does, and the newcomer is turned away.
+#[tokio::test]
+async fn s3_descriptors_are_taken_from_the_silent_alone() {
+    let (pending, descriptors) = (Pending::default(), Descriptors::of(2));
+    let mut silent = pending.enter(10, descriptors.take()).unwrap();
+    assert!(descriptors.take().is_none());
+    let speaks = pending.enter(10, None).expect("the silent one's");
+    silent.evicted().await;
+    let descriptor = speaks.leave().unwrap();
+    assert!(silent.leave().is_none() && pending.enter(10, None).is_none());
+    drop(descriptor);
+    assert!(pending.enter(10, descriptors.take()).is_some());
+}
+
+/// S3: a caller past what descriptors allow is closed at once, is no failure of accepting, and
+/// the next is let in as soon as there is room.
+#[tokio::test]
+async fn s3_past_the_descriptors_callers_are_closed_and_later_ones_let_in() {
+    let descriptors = Descriptors::of(2);
+    let held = descriptors.take().unwrap();
+    let mut listener =
+        Listener::bind("127.0.0.1:0".parse().unwrap(), CONFIG, descriptors, Clock::start()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    for _ in 0..100 {
+        let mut caller = TcpStream::connect(address).await.unwrap();
+        let error = listener.accept().await.err().expect("no descriptor");
+        assert!(matches!(error, AcceptError::Crowded) && !error.is_failure());
+        assert_eq!(caller.read(&mut [0; 1]).await.unwrap_or(0), 0, "closed");
+    }
+    drop(held);
+    let _caller = TcpStream::connect(address).await.unwrap();
+    assert!(listener.accept().await.is_ok());
+}
+
+/// T7: past the handshakes under way and those that wait, the rest is refused at once, not at
+/// its deadline.
+#[tokio::test]
+async fn t7_handshakes_that_wait_are_bounded() {
+    let authority = Authority::new();
+    let (server, clock) = (keys(&authority, KeyExchange::RequireHybrid), Clock::start());
+    let config = TransportConfig { handshake: Duration::from_secs(600), max_handshakes_in_flight: 1, ..CONFIG };
+    let mut listener =
+        Listener::bind("127.0.0.1:0".parse().unwrap(), config, Descriptors::of(1_024), clock).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let name = ServerName::try_from("overlay.invalid").unwrap();
+    let mut tls = rustls::ClientConnection::new(client(&authority, KeyExchange::RequireHybrid), name).unwrap();
+    let mut hello = Vec::new();
+    tls.write_tls(&mut hello).unwrap();
+    let (mut callers, mut handshakes) = (Vec::new(), tokio::task::JoinSet::new());
+    let key_set = server.current();
+    for _ in 0..20 {
+        let mut caller = TcpStream::connect(address).await.unwrap();
+        caller.write_all(&hello).await.unwrap(); // and nothing more, ever
+        callers.push(caller);
+        let (accepted, keys) = (listener.accept().await.unwrap(), Arc::clone(&key_set));
+        handshakes.spawn(async move { accepted.handshake(&keys).await });
+    }
+    for _ in 0..3 {
+        let error = handshakes.join_next().await.unwrap().unwrap().unwrap_err();
+        assert!(matches!(error, HandshakeError::Busy) && error.reason() == Some(Reason::Overflow), "{error}");
+    }
+    assert_eq!(handshakes.len(), 17, "one under way, sixteen that wait");
 }

@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 
 use overlay_core::status::Reason;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 
-use super::{EXHAUSTED_PAUSE, Timing};
+use super::pace::{Pace, is_callers};
+use super::{Descriptor, Descriptors, Timing};
 use crate::clock::Clock;
 
 /// Owner and group may connect, nobody else.
@@ -37,6 +38,9 @@ pub enum LocalError {
     /// The caller's user is not in `unix.allow_uids`.
     #[error("user {0} may not connect: it is neither root, nor the daemon's own, nor in unix.allow_uids")]
     Forbidden(u32),
+    /// No descriptor was left for it.
+    #[error("as many connections are open as descriptors allow")]
+    Crowded,
     /// Accepting failed.
     #[error(transparent)]
     Accept(io::Error),
@@ -46,7 +50,17 @@ impl LocalError {
     /// Which `reason` of `overlay_rejected_total` counts it.
     #[must_use]
     pub fn reason(&self) -> Option<Reason> {
-        matches!(self, Self::Forbidden(_)).then_some(Reason::Auth)
+        match self {
+            Self::Forbidden(_) => Some(Reason::Auth),
+            Self::Crowded => Some(Reason::Overflow),
+            Self::InUse(_) | Self::NotASocket(_) | Self::Bind { .. } | Self::Accept(_) => None,
+        }
+    }
+
+    /// Whether the daemon cannot accept anybody for now, for want of what the system gives.
+    #[must_use]
+    pub fn is_failure(&self) -> bool {
+        matches!(self, Self::Accept(error) if !is_callers(error))
     }
 }
 
@@ -59,6 +73,8 @@ pub struct LocalConnection {
     pub uid: u32,
     /// Until when HELLO must be answered.
     pub deadline: Instant,
+    /// What it costs.
+    pub descriptor: Descriptor,
 }
 
 /// The socket; its file goes when this does.
@@ -71,7 +87,8 @@ pub struct LocalListener {
     allow_uids: Vec<u32>,
     timing: Timing,
     clock: Clock,
-    not_before: Option<Instant>,
+    descriptors: Descriptors,
+    pace: Pace,
 }
 
 impl LocalListener {
@@ -79,7 +96,13 @@ impl LocalListener {
     ///
     /// # Errors
     /// Somebody answers, something else stands there, or the system refuses.
-    pub fn bind(path: &Path, allow_uids: &[u32], timing: impl Into<Timing>, clock: Clock) -> Result<Self, LocalError> {
+    pub fn bind(
+        path: &Path,
+        allow_uids: &[u32],
+        timing: impl Into<Timing>,
+        descriptors: Descriptors,
+        clock: Clock,
+    ) -> Result<Self, LocalError> {
         let refused = |source| LocalError::Bind { path: path.to_owned(), source };
         clear(path)?;
         let socket = UnixListener::bind(path).map_err(refused)?;
@@ -93,7 +116,8 @@ impl LocalListener {
             allow_uids: allow_uids.to_vec(),
             timing: timing.into(),
             clock,
-            not_before: None,
+            descriptors,
+            pace: Pace::default(),
         })
     }
 
@@ -103,20 +127,15 @@ impl LocalListener {
     /// # Errors
     /// The client's user may not connect, or accepting failed.
     pub async fn accept(&mut self) -> Result<LocalConnection, LocalError> {
-        if let Some(not_before) = self.not_before {
-            sleep_until(not_before).await;
-            self.not_before = None;
-        }
-        let accepted = self.socket.accept().await;
-        let (stream, _) = accepted.map_err(|error| {
-            self.not_before = Some(self.clock.deadline(EXHAUSTED_PAUSE));
-            LocalError::Accept(error)
-        })?;
+        self.pace.ready().await;
+        let accepted = self.socket.accept().await.inspect_err(|error| self.pace.failed(error, self.clock));
+        let (stream, _) = accepted.map_err(LocalError::Accept)?;
         let uid = stream.peer_cred().map_err(LocalError::Accept)?.uid();
         if !self.allows(uid) {
             return Err(LocalError::Forbidden(uid));
         }
-        Ok(LocalConnection { stream, uid, deadline: self.clock.deadline(self.timing.now().handshake) })
+        let descriptor = self.descriptors.take().ok_or(LocalError::Crowded)?;
+        Ok(LocalConnection { stream, uid, descriptor, deadline: self.clock.deadline(self.timing.now().handshake) })
     }
 
     fn allows(&self, uid: u32) -> bool {

@@ -47,6 +47,8 @@ fn every_field_of_the_spec_reaches_the_configuration() {
         spec.auth.tenants = vec![TenantId(7), TenantId(0), TenantId(7)];
         spec.limits.max_sessions = Some(1);
         spec.limits.max_handshakes_in_flight = Some(2);
+        spec.limits.max_pending = 3;
+        spec.limits.memory = Some("16Mi".to_owned().try_into().unwrap());
         spec.limits.inflight = 100;
         spec.limits.requests_per_second = 200;
         spec.limits.per_peer_inflight = Some(5);
@@ -79,6 +81,7 @@ fn every_field_of_the_spec_reaches_the_configuration() {
     assert_eq!((o.profile, o.amnesia, o.listen.port()), (config::Profile::Macronode, false, 9501));
     assert_eq!(o.tenants, [TenantId(7), TenantId(0)]);
     assert_eq!((o.max_sessions, o.max_handshakes_in_flight, o.inflight, o.rps), (1, 2, 100, 200));
+    assert_eq!((o.max_pending, o.memory_bytes, got.gossip.store_bytes), (3, 16 << 20, 8 << 20));
     assert_eq!((o.per_peer_inflight, o.per_peer_rps, o.decompression_ratio), (5, 6, 4));
     assert_eq!(
         (o.handshake_timeout_ms, o.read_timeout_ms, o.write_timeout_ms, o.idle_timeout_ms),
@@ -183,6 +186,6 @@ fn the_status_tells_what_is_in_force() {
         (l.inflight, l.per_peer_inflight, l.requests_per_second, l.per_peer_requests_per_second),
         (16, 16, 500, 200)
     );
-    assert_eq!((l.max_sessions, l.max_handshakes_in_flight), (1_024, 64));
+    assert_eq!((l.max_sessions, l.max_handshakes_in_flight, l.memory_bytes), (1_024, 64, 128 << 20));
     assert_eq!((l.lane_depth_frames, l.burst_frames, l.max_hops, l.dedupe_entries), (256, 256, 16, 65_536));
 }

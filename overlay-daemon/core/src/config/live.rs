@@ -65,6 +65,8 @@ impl Overlay {
             tenants: _,
             max_sessions,
             max_handshakes_in_flight,
+            max_pending,
+            memory_bytes,
             inflight,
             rps,
             per_peer_inflight,
@@ -78,6 +80,8 @@ impl Overlay {
         Self {
             max_sessions: *max_sessions,
             max_handshakes_in_flight: *max_handshakes_in_flight,
+            max_pending: *max_pending,
+            memory_bytes: *memory_bytes,
             inflight: *inflight,
             rps: *rps,
             per_peer_inflight: *per_peer_inflight,

@@ -99,10 +99,17 @@ pub struct Overlay {
     pub listen: SocketAddr,
     /// Tenants that this daemon originates and carries; 1 to 64.
     pub tenants: Vec<TenantId>,
-    /// Sessions at once, peers and clients; 1 to 1,000,000.
+    /// Sessions at once, peers and clients; 1 to 1,000,000. Clients leave one for each
+    /// configured peer that is missing.
     pub max_sessions: u32,
     /// TLS handshakes at once; 1 to 65,536.
     pub max_handshakes_in_flight: u32,
+    /// Connections that have sent no ClientHello yet; past it the oldest of them is closed. 1 to
+    /// 65,536.
+    pub max_pending: u32,
+    /// Bytes that sessions, queues, uploads and messages held may take in all: see
+    /// [`crate::memory`]. 8 MiB to 1 TiB.
+    pub memory_bytes: u64,
     /// Requests not yet answered, all sessions; 1 to 1,000,000 (I-9).
     pub inflight: u32,
     /// Requests a second, all sessions; 1 to 10,000,000 (I-9).
@@ -183,7 +190,8 @@ pub struct Gossip {
     pub dedupe_window_ms: u64,
     /// Messages remembered; 64 to 4,194,304.
     pub dedupe_entries: u32,
-    /// Bytes of payload held for repair, beyond which the oldest go; 1 MiB to 16 GiB.
+    /// Bytes of payload held for repair, beyond which the oldest go; 1 MiB to 16 GiB, and at
+    /// most half of [`Overlay::memory_bytes`].
     pub store_bytes: u64,
 }
 
@@ -306,6 +314,10 @@ impl PeersConfig {
 impl Overlay {
     /// I-9's caps, narrowed per peer as C-6 has them; Macronode holds more sessions and lets
     /// one peer use what the daemon has.
+    ///
+    /// `memory_bytes` is four times what is held for repair by default: a quarter for that, the
+    /// rest for full numbers of sessions at rest (16 KiB each), their queues and uploads. A
+    /// Micronode so fits the 256 MiB that a small pod is usually given.
     #[must_use]
     pub fn defaults(profile: Profile, listen: SocketAddr) -> Self {
         let micro = profile == Profile::Micronode;
@@ -316,6 +328,8 @@ impl Overlay {
             tenants: vec![TenantId(0)],
             max_sessions: if micro { 1_024 } else { 16_384 },
             max_handshakes_in_flight: if micro { 64 } else { 256 },
+            max_pending: 4_096,
+            memory_bytes: if micro { 128 << 20 } else { 1 << 30 },
             inflight: 512,
             rps: 500,
             per_peer_inflight: if micro { 32 } else { 128 },

@@ -40,7 +40,8 @@ pub fn daemon(text: &str) -> Result<DaemonConfig, Vec<ConfigError>> {
     let tls = tls(root.table("tls", e), e);
     let token = token(root.table("token", e), e);
     let unix = unix(root.table("unix", e), e);
-    let gossip = gossip(root.table("gossip", e), profile, e);
+    let memory = overlay.as_ref().map(|overlay| overlay.memory_bytes);
+    let gossip = gossip(root.table("gossip", e), profile, memory, e);
     let readiness = readiness(root.table("readiness", e), e);
     let drain = drain(root.table("drain", e), e);
     root.finish(e);
@@ -115,6 +116,8 @@ fn overlay(mut t: Table<'_, '_>, e: &mut Errors<'_>) -> Option<Overlay> {
     let tenants = t.list("tenants", 1..=64, d.tenants, |value| table::parse::<TenantId>(value, TENANT), e);
     let max_sessions = t.integer("max_sessions", 1..=1_000_000, d.max_sessions, e);
     let max_handshakes_in_flight = t.integer("max_handshakes_in_flight", 1..=65_536, d.max_handshakes_in_flight, e);
+    let max_pending = t.integer("max_pending", 1..=65_536, d.max_pending, e);
+    let memory_bytes = t.integer("memory_bytes", (8 << 20)..=(1 << 40), d.memory_bytes, e);
     let inflight = t.integer("inflight", 1..=1_000_000, d.inflight, e);
     let rps = t.integer("rps", 1..=10_000_000, d.rps, e);
     let per_peer_inflight = within(&mut t, "per_peer_inflight", d.per_peer_inflight, ("inflight", inflight), e);
@@ -132,6 +135,8 @@ fn overlay(mut t: Table<'_, '_>, e: &mut Errors<'_>) -> Option<Overlay> {
         tenants: tenants?,
         max_sessions: max_sessions?,
         max_handshakes_in_flight: max_handshakes_in_flight?,
+        max_pending: max_pending?,
+        memory_bytes: memory_bytes?,
         inflight: inflight?,
         rps: rps?,
         per_peer_inflight: per_peer_inflight?,
@@ -216,8 +221,9 @@ fn unix(mut t: Table<'_, '_>, e: &mut Errors<'_>) -> Option<Unix> {
     Some(Unix { socket: socket?, allow_uids: allow_uids? })
 }
 
-/// Reads `[gossip]`.
-fn gossip(mut t: Table<'_, '_>, profile: Profile, e: &mut Errors<'_>) -> Option<Gossip> {
+/// Reads `[gossip]`. `memory` is the daemon's budget, of which messages held take half at the
+/// most: they are queued and delivered from it too.
+fn gossip(mut t: Table<'_, '_>, profile: Profile, memory: Option<u64>, e: &mut Errors<'_>) -> Option<Gossip> {
     let d = Gossip::defaults(profile);
     let fanout = t.integer("fanout", 1..=64, d.fanout, e);
     let lane_depth_frames = t.integer("lane_depth_frames", 8..=65_536, d.lane_depth_frames, e);
@@ -225,7 +231,11 @@ fn gossip(mut t: Table<'_, '_>, profile: Profile, e: &mut Errors<'_>) -> Option<
     let max_hops = t.integer("max_hops", 1..=64, d.max_hops, e);
     let dedupe_window_ms = t.integer("dedupe_window_ms", 1_000..=3_600_000, d.dedupe_window_ms, e);
     let dedupe_entries = t.integer("dedupe_entries", 64..=4_194_304, d.dedupe_entries, e);
-    let store_bytes = t.integer("store_bytes", (1 << 20)..=(16 << 30), d.store_bytes, e);
+    let half = memory.map_or(u64::MAX, |memory| memory / 2);
+    let store_bytes = t.integer("store_bytes", (1 << 20)..=(16 << 30), d.store_bytes.min(half), e);
+    if store_bytes.is_some_and(|store_bytes| store_bytes > half) {
+        t.broken_rule("store_bytes", format!("must be at most half of overlay.memory_bytes ({half})"), e);
+    }
     t.finish(e);
     Some(Gossip {
         fanout: fanout?,

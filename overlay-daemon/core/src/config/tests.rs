@@ -159,6 +159,10 @@ fn what_is_wrong_is_named() {
             more("[readiness]\nrecover_at_percent = 80"),
             "line 25: readiness.recover_at_percent: must be less than readiness.shed_at_percent (80), is 80",
         ),
+        (
+            more("[gossip]\nstore_bytes = 67108865"),
+            "line 25: gossip.store_bytes: must be at most half of overlay.memory_bytes (67108864)",
+        ),
         (instead("[tls]", "[tls]\nca = \"/ca\""), "line 17: duplicate key"),
         (instead("= 32", "= "), "line 3: string values must be quoted, expected literal string"),
     ];
@@ -271,6 +275,8 @@ prop_compose! {
         config.overlay.read_timeout_ms = ms;
         config.drain.delay_ms = ms;
         config.gossip.store_bytes = bytes;
+        config.overlay.memory_bytes = (2 * bytes).max(8 << 20);
+        config.overlay.max_pending = u32::from(port);
         config.unix.allow_uids = uids.into_iter().collect();
         config.overlay.listen.set_port(port);
         config.tls.key = key.into();
@@ -304,6 +310,8 @@ fn live_settings() {
     let live: &[(&str, Change)] = &[
         ("max_sessions", |c| c.overlay.max_sessions = 7),
         ("max_handshakes_in_flight", |c| c.overlay.max_handshakes_in_flight = 7),
+        ("max_pending", |c| c.overlay.max_pending = 7),
+        ("memory_bytes", |c| c.overlay.memory_bytes = 256 << 20),
         ("inflight", |c| c.overlay.inflight = 7),
         ("rps", |c| c.overlay.rps = 7),
         ("per_peer_inflight", |c| c.overlay.per_peer_inflight = 7),

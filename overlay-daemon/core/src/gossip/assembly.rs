@@ -124,6 +124,11 @@ impl Assemblies {
         done.into_iter().filter_map(|id| self.0.remove(&id).map(|assembly| finish(id, assembly))).collect()
     }
 
+    /// What all of them will take: their announced sizes.
+    pub(super) fn bytes(&self) -> u64 {
+        self.0.values().map(|assembly| u64::from(assembly.envelope.size)).sum()
+    }
+
     /// The ones without progress since `before`.
     pub(super) fn stalled(&mut self, before: Millis) -> impl Iterator<Item = (MessageId, &mut Assembly)> {
         self.0.iter_mut().filter(move |(_, a)| a.progress <= before).map(|(id, a)| (*id, a))

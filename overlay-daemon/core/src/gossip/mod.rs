@@ -51,6 +51,8 @@ pub trait Outlet {
     fn room(&self, link: LinkId, tenant: TenantId, class: Class) -> usize;
     /// Queues a record. False, and nothing queued, where there is no room.
     fn send(&mut self, link: LinkId, tenant: TenantId, class: Class, payload: Bytes) -> bool;
+    /// Whether the daemon's memory takes so many bytes more.
+    fn has_memory(&self, bytes: u64) -> bool;
 }
 
 /// A message to give to local subscribers.
@@ -336,7 +338,7 @@ impl Engine {
             }
             return;
         }
-        if self.assemblies.begin(id, tenant, hops, envelope, link, now) {
+        if out.has_memory(envelope.size.into()) && self.assemblies.begin(id, tenant, hops, envelope, link, now) {
             let holders = self.wanted.remove(id);
             if let Some(assembly) = self.assemblies.get_mut(id) {
                 assembly.holders = assembly.holders.union(holders);
@@ -410,6 +412,37 @@ impl Engine {
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.counts
+    }
+
+    /// Bytes of payloads: held, being put together, and forgotten but still queued somewhere.
+    /// Each is counted once, however many queues share it.
+    #[must_use]
+    pub fn memory(&self) -> u64 {
+        self.store.memory() + self.assemblies.bytes()
+    }
+
+    /// The daemon is about to end: what was accepted here and no peer has yet is handed to any
+    /// link that takes it. Whether nothing is left for which there is a link.
+    pub fn poll_spread(&mut self, out: &mut impl Outlet) -> bool {
+        let left = |held: &&Held| {
+            held.known.iter().next().is_none()
+                && held.envelope.incarnation == self.me.incarnation
+                && held.envelope.origin == self.me.identity
+        };
+        let left: Vec<Held> = self.store.iter().filter(left).cloned().collect();
+        let mut done = true;
+        for held in left {
+            let links: Vec<LinkId> = self.links.iter().filter(|link| out.has_stream(*link, held.tenant)).collect();
+            match links.iter().copied().find(|link| self.push(*link, &held, WHOLE, out)) {
+                Some(link) => {
+                    if let Some(stored) = self.store.get_mut(held.id) {
+                        stored.known.insert(link);
+                    }
+                }
+                None => done &= links.is_empty(),
+            }
+        }
+        done
     }
 
     /// Messages held and their bytes.

@@ -74,6 +74,9 @@ pub(super) struct Store {
     /// Held messages in order of arrival; the front one's position is `first`.
     log: VecDeque<Held>,
     first: u64,
+    /// Payloads that were let go of here and that a queue still holds, and their bytes.
+    queued: VecDeque<Held>,
+    queued_bytes: u64,
     /// Every id of the window, with its position in the log at the time.
     index: HashMap<MessageId, u64>,
     order: VecDeque<Seen>,
@@ -89,6 +92,8 @@ impl Store {
             bytes: 0,
             log: VecDeque::new(),
             first: 0,
+            queued: VecDeque::new(),
+            queued_bytes: 0,
             index: HashMap::new(),
             order: VecDeque::new(),
             origins: BTreeMap::new(),
@@ -149,8 +154,15 @@ impl Store {
         held
     }
 
-    /// Lets go of what is older than the window.
+    /// Lets go of what is older than the window, and of what no queue holds any more.
     pub(super) fn purge(&mut self, now: Millis) {
+        let before = self.queued.len();
+        for _ in 0..before {
+            let Some(held) = self.queued.pop_front() else { break };
+            self.queued_bytes -= cost(&held);
+            self.keep_if_queued(held);
+        }
+        self.queued.shrink_to(before);
         while self.log.front().is_some_and(|held| now.since(held.at) >= self.window_ms) {
             self.forget_payload();
         }
@@ -167,7 +179,28 @@ impl Store {
         if let Some(held) = self.log.pop_front() {
             self.bytes -= cost(&held);
             self.first += 1;
+            self.keep_if_queued(held);
         }
+        while self.queued.front().is_some_and(|held| !is_queued(held)) {
+            self.queued_bytes -= self.queued.pop_front().map_or(0, |held| cost(&held));
+        }
+    }
+
+    fn keep_if_queued(&mut self, held: Held) {
+        if is_queued(&held) {
+            self.queued_bytes += cost(&held);
+            self.queued.push_back(held);
+        }
+    }
+
+    /// Every message held, oldest first.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Held> {
+        self.log.iter()
+    }
+
+    /// Bytes held, here or by a queue that shares them.
+    pub(super) fn memory(&self) -> u64 {
+        self.bytes + self.queued_bytes
     }
 
     fn forget_id(&mut self, early: bool, now: Millis) {
@@ -220,6 +253,11 @@ impl Store {
     pub(super) fn size(&self) -> (usize, u64) {
         (self.log.len(), self.bytes)
     }
+}
+
+/// Whether somebody besides the store holds a frame of it.
+fn is_queued(held: &Held) -> bool {
+    !held.frames.iter().all(Bytes::is_unique)
 }
 
 fn cost(held: &Held) -> u64 {

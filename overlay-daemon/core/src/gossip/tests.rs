@@ -22,6 +22,9 @@ impl Outlet for Sent {
         self.0.extend(Record::decode(payload).map(|record| (link, record)));
         true
     }
+    fn has_memory(&self, _: u64) -> bool {
+        true
+    }
 }
 
 /// An engine with an honest link and one that lies, and a message of two chunks.

@@ -17,8 +17,10 @@ use crate::gossip::{LinkId, Outlet};
 use crate::grant::{Grant, Holder};
 use crate::identity::{SpiffeId, TenantId, Topic};
 use crate::lanes::{Class, Lanes};
+use crate::memory::{Budget, FRAME_BYTES, SESSION_BYTES, WRITE_BYTES};
 use crate::record::Digest;
 use crate::session::Session;
+use crate::status::Refusal;
 
 /// What a session turned out to be, by HELLO.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,6 +103,15 @@ pub(super) struct Entry {
     pub(super) writer_idle: bool,
     pub(super) sendable: bool,
     pub(super) closing: bool,
+    /// There was no place for it: it is only here to be told so, and counts as no session.
+    pub(super) turned_away: Option<Refusal>,
+    /// Subscriptions that end once nothing of them is queued.
+    pub(super) ends: Vec<(u64, TenantId)>,
+    /// Bytes: of what its writer has, and of its uploads under way.
+    pub(super) writing: u64,
+    pub(super) uploading: u64,
+    /// Bytes that the account holds for it.
+    claimed: u64,
     pub(super) deadline: Option<Millis>,
 }
 
@@ -121,8 +132,33 @@ impl Entry {
             writer_idle: true,
             sendable: false,
             closing: false,
+            turned_away: None,
+            ends: Vec::new(),
+            writing: 0,
+            uploading: 0,
+            claimed: 0,
             deadline: None,
         }
+    }
+
+    /// Brings the account in line with what it holds now.
+    pub(super) fn settle(&mut self, memory: &mut Budget) {
+        let holds = SESSION_BYTES + self.lanes.cost() + self.writing + self.uploading;
+        memory.give_back(std::mem::replace(&mut self.claimed, holds));
+        memory.claim(holds);
+    }
+
+    /// It is gone: all of it is given back.
+    pub(super) fn release(&mut self, memory: &mut Budget) {
+        memory.give_back(std::mem::take(&mut self.claimed));
+    }
+
+    /// Its writer was given these.
+    pub(super) fn hand_over(&mut self, batch: &[Frame]) {
+        let (sum, largest) =
+            batch.iter().map(Frame::wire_len).fold((0, 0), |(sum, most), len| (sum + len, len.max(most)));
+        self.writing = sum.min(WRITE_BYTES.max(largest)) as u64 + batch.len() as u64 * FRAME_BYTES;
+        self.writer_idle = false;
     }
 
     pub(super) fn remote(&self) -> Option<&Remote> {
@@ -145,6 +181,9 @@ pub(super) struct Wire<'a> {
     sessions: &'a mut BTreeMap<SessionId, Entry>,
     links: &'a BTreeMap<LinkId, SessionId>,
     sendable: &'a mut VecDeque<SessionId>,
+    memory: &'a mut Budget,
+    /// Bytes that others than sessions hold.
+    others: u64,
 }
 
 impl<'a> Wire<'a> {
@@ -152,8 +191,10 @@ impl<'a> Wire<'a> {
         sessions: &'a mut BTreeMap<SessionId, Entry>,
         links: &'a BTreeMap<LinkId, SessionId>,
         sendable: &'a mut VecDeque<SessionId>,
+        memory: (&'a mut Budget, u64),
     ) -> Self {
-        Self { sessions, links, sendable }
+        let (memory, others) = memory;
+        Self { sessions, links, sendable, memory, others }
     }
 
     /// Notes that a session has something to send, once.
@@ -165,14 +206,22 @@ impl<'a> Wire<'a> {
         }
     }
 
-    /// Queues one frame of an event or of gossip.
+    /// Queues one frame of an event or of gossip. Room that [`Self::fits`] showed is there: a
+    /// message is queued whole or not at all.
     pub(super) fn push(&mut self, id: SessionId, class: Class, frame: Frame) -> bool {
-        let taken =
-            self.sessions.get_mut(&id).is_some_and(|entry| !entry.closing && entry.lanes.push(class, frame).is_ok());
+        let Some(entry) = self.sessions.get_mut(&id).filter(|entry| !entry.closing) else { return false };
+        let taken = entry.lanes.push(class, frame).is_ok();
         if taken {
+            entry.settle(self.memory);
             self.mark(id);
         }
         taken
+    }
+
+    /// Whether a session's lane, and memory, take so many frames of a message.
+    pub(super) fn fits(&self, id: SessionId, class: Class, frames: usize) -> bool {
+        self.has_memory(WRITE_BYTES as u64)
+            && self.sessions.get(&id).is_some_and(|entry| entry.lanes.room(class) >= frames)
     }
 
     fn stream(&self, link: LinkId, tenant: TenantId) -> Option<(SessionId, &Entry, u64)> {
@@ -188,11 +237,16 @@ impl Outlet for Wire<'_> {
     }
 
     fn room(&self, link: LinkId, tenant: TenantId, class: Class) -> usize {
-        self.stream(link, tenant).map_or(0, |(_, entry, _)| entry.lanes.room(class))
+        let room = self.stream(link, tenant).map_or(0, |(_, entry, _)| entry.lanes.room(class));
+        if self.has_memory(WRITE_BYTES as u64) { room } else { 0 }
     }
 
     fn send(&mut self, link: LinkId, tenant: TenantId, class: Class, payload: Bytes) -> bool {
         let Some((id, _, corr_id)) = self.stream(link, tenant) else { return false };
         self.push(id, class, Frame::new(Flags::REQ, AppProto::GOSSIP, tenant, corr_id, payload))
+    }
+
+    fn has_memory(&self, bytes: u64) -> bool {
+        self.memory.has_room(self.others, bytes, 100)
     }
 }

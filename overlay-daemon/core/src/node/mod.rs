@@ -1,13 +1,14 @@
 //! One daemon's decisions, all sessions together: what each frame does, what goes out next,
 //! and when to look again. The shell feeds it frames and the time, and moves what it gives.
 //!
-//! Reading order: `entry` (one session's place here), `peers` (who is a peer, links), `streams`
-//! (what a START opens), `tokens` (when it ends by its token), `renewal` (how it goes on by
-//! another), `pubsub` (publish, subscribe, delivery), `pace` (windows, budgets, delays),
-//! `report` (its state).
+//! Reading order: `entry` (one session's place here), `places` (who may have a session), `peers`
+//! (who is a peer, links), `streams` (what a START opens), `tokens` (when it ends by its token),
+//! `renewal` (how it goes on by another), `pubsub` (publish, subscribe, delivery), `pace`
+//! (windows, budgets, delays), `report` (its state).
 
 mod entry;
 mod pace;
+mod places;
 mod peers;
 mod pubsub;
 mod renewal;
@@ -29,6 +30,7 @@ use crate::gossip::{Counts, Engine, LinkId, Me};
 use crate::grant::{Grant, Holder};
 use crate::identity::SpiffeId;
 use crate::lanes::Class;
+use crate::memory::{Budget, WRITE_BYTES};
 use crate::readiness::Report;
 use crate::session::{Event, Role, Session, State, Tick, Timers};
 use crate::status::{Reason, Refusal, Status};
@@ -86,6 +88,8 @@ pub enum Output {
 
 /// Bytes that one batch for a writer holds at the most.
 pub const BATCH_BYTES: usize = 256 * 1024;
+/// And while the memory budget is used up.
+const LEAN_BATCH_BYTES: usize = 4 * 1024;
 /// How often uploads that stand still, and peers that had time to leave, are looked for.
 const HOUSEKEEPING_MS: u64 = 1_000;
 
@@ -103,12 +107,17 @@ pub struct Node {
     believed: Believed,
     leases: Leases,
     sessions: BTreeMap<SessionId, Entry>,
+    /// Of which so many are there only to be told that there is no place.
+    turned_away: usize,
     links: BTreeMap<LinkId, SessionId>,
     /// Sessions whose peer is no longer configured, and until when they may go on.
     leaving: BTreeMap<SessionId, Millis>,
     engine: Engine,
     subscriptions: Subscriptions,
     quota: Quota,
+    memory: Budget,
+    /// Bytes that the shell's readers have allocated.
+    reading: u64,
     shedding: bool,
     draining: bool,
     report: Report,
@@ -138,6 +147,8 @@ impl Node {
         Self {
             engine: Engine::new(me, config.gossip.clone(), tenants, now),
             quota: Quota::new(config.overlay.rps, config.overlay.inflight, now),
+            memory: Budget::new(config.overlay.memory_bytes),
+            reading: 0,
             hello: DaemonHello { name: peers.name.clone(), incarnation },
             config,
             places: Places::new(&peers.peers),
@@ -147,6 +158,7 @@ impl Node {
             believed: Believed::default(),
             leases: Leases::default(),
             sessions: BTreeMap::new(),
+            turned_away: 0,
             links: BTreeMap::new(),
             leaving: BTreeMap::new(),
             subscriptions: Subscriptions::default(),
@@ -168,6 +180,7 @@ impl Node {
         self.config = self.config.with_live(new);
         let (overlay, gossip) = (&self.config.overlay, &self.config.gossip);
         self.quota.resize(overlay.rps, overlay.inflight, now);
+        self.memory.resize(overlay.memory_bytes);
         self.engine.handle_config(gossip);
         for entry in self.sessions.values_mut() {
             entry.quota.resize(overlay.per_peer_rps, overlay.per_peer_inflight, now);
@@ -187,11 +200,20 @@ impl Node {
         self.shedding = shedding;
     }
 
-    /// A transport is up and its other end authenticated. False, and nothing done, where
-    /// there are `max_sessions` already.
+    /// Bytes that the shell's readers have allocated, all sessions.
+    pub fn handle_reading(&mut self, bytes: u64) {
+        self.reading = bytes;
+    }
+
+    /// A transport is up and its other end authenticated. Where there is no place for it, its
+    /// HELLO will be refused with a code and a time; false, and nothing done, where too many
+    /// wait for that already.
     pub fn handle_open(&mut self, id: SessionId, opening: Opening, now: Millis) -> bool {
-        if self.sessions.len() >= self.config.overlay.max_sessions as usize || self.draining {
-            self.outputs.push_back(Output::Rejected(if self.draining { Reason::Degraded } else { Reason::Quota }));
+        let turned_away = self.find_place(&opening).err();
+        if let Some(refusal) = &turned_away
+            && (opening.dialled.is_some() || self.turned_away >= places::MAX_TURNED_AWAY)
+        {
+            self.outputs.push_back(Output::Rejected(refusal.status.reason()));
             return false;
         }
         let role = if opening.dialled.is_some() { Role::Dialler } else { Role::Acceptor };
@@ -204,6 +226,9 @@ impl Node {
         };
         let greeting = session.handle_connected(&hello, now);
         let mut entry = Entry::new(session, opening, &self.config, now);
+        self.turned_away += usize::from(turned_away.is_some());
+        entry.turned_away = turned_away;
+        entry.settle(&mut self.memory);
         entry.deadline = entry.session.poll_timeout();
         self.deadlines.extend(entry.deadline.map(|at| (at, id)));
         self.sessions.insert(id, entry);
@@ -223,13 +248,20 @@ impl Node {
         self.subscriptions.remove_session(id, &entry);
         self.leases.remove_session(id);
         entry.session.close();
+        entry.release(&mut self.memory);
+        self.turned_away -= usize::from(entry.turned_away.is_some());
         self.quota.leave(entry.quota.inflight());
         self.unlink(id, &entry);
     }
 
-    /// The bytes of a session cannot be a frame: it is told why, then closed.
+    /// The bytes of a session cannot be a frame, or there is no memory for all of it: the session
+    /// is told why, then closed.
     pub fn handle_framing_error(&mut self, id: SessionId, status: Status) {
-        self.refuse_session(id, &Refusal::new(status, "the bytes are not an OAP/1 frame"));
+        let refusal = match status {
+            Status::Unavailable => places::NO_MEMORY,
+            _ => Refusal::new(status, "the bytes are not an OAP/1 frame"),
+        };
+        self.refuse_session(id, &refusal);
     }
 
     /// A frame arrived. `grant` is the verdict on its capability, where it is a START.
@@ -279,6 +311,11 @@ impl Node {
     }
 
     fn welcome(&mut self, id: SessionId, frame: &Frame, hello: Hello, clock: Clock) {
+        if let Some(refusal) = self.sessions.get(&id).and_then(|entry| entry.turned_away.clone()) {
+            self.refuse(id, frame, &refusal, true);
+            self.close_when_sent(id);
+            return;
+        }
         let reply = HelloReply::of(self.hello.clone(), self.config.overlay.per_peer_inflight);
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let answer = entry.session.answer_hello(frame, &reply);
@@ -298,25 +335,32 @@ impl Node {
     pub fn handle_sent(&mut self, id: SessionId, now: Millis) {
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         entry.writer_idle = true;
+        entry.writing = 0;
+        entry.settle(&mut self.memory);
         entry.session.handle_sent(now);
         self.tell_gaps(id);
+        self.tell_ends(id);
         self.mark_sendable(id);
         self.close_if_sent(id);
     }
 
     /// The next batch for a writer that waits: frames in order, at most [`BATCH_BYTES`].
     pub fn poll_transmit(&mut self, now: Millis) -> Option<(SessionId, Vec<Frame>)> {
+        let others = self.others();
         while let Some(id) = self.sendable.pop_front() {
             let Some(entry) = self.sessions.get_mut(&id) else { continue };
             entry.sendable = false;
-            let batch = entry.lanes.take(BATCH_BYTES, now);
+            // Used up: what is queued leaves in small pieces, never stops.
+            let ample = self.memory.has_room(others, WRITE_BYTES as u64, 100);
+            let batch = entry.lanes.take(if ample { BATCH_BYTES } else { LEAN_BATCH_BYTES }, now);
             if batch.is_empty() {
                 if let Some(at) = entry.lanes.poll_timeout(now) {
                     self.deadlines.insert((at, id));
                 }
                 continue;
             }
-            entry.writer_idle = false;
+            entry.hand_over(&batch);
+            entry.settle(&mut self.memory);
             let answers = batch.iter().filter(|frame| counts_as_answer(frame)).count();
             let answers = u32::try_from(answers).unwrap_or(u32::MAX);
             entry.quota.leave(answers);
@@ -349,14 +393,15 @@ impl Node {
             self.renew_again(now);
         }
         self.end_expired(clock);
-        let mut wire = Wire::new(&mut self.sessions, &self.links, &mut self.sendable);
-        self.engine.handle_timeout(now, &mut wire);
+        let (mut wire, engine) = self.wire();
+        engine.handle_timeout(now, &mut wire);
     }
 
     fn session_timeout(&mut self, id: SessionId, clock: Clock) {
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         match entry.session.handle_timeout(clock.now) {
             Err(reason) => {
+                entry.closing = true;
                 self.outputs.push_back(Output::Rejected(reason));
                 self.outputs.push_back(Output::Close(id));
                 return;
@@ -383,16 +428,32 @@ impl Node {
             .min()
     }
 
-    /// SIGTERM, after the delay: no new sessions, no new writes, and subscribers are told.
+    /// SIGTERM, after the delay: no new sessions, no new writes, and subscribers are told once
+    /// they have what was accepted for them.
     pub fn handle_drain(&mut self) {
         self.draining = true;
         self.end_subscriptions();
     }
 
-    /// Whether every queue is empty and every writer waits.
+    /// While it drains: whether every queue is empty, every writer waits, and every message that
+    /// was accepted here is with a peer, where there is one to have it. What is not is queued.
+    pub fn poll_drained(&mut self) -> bool {
+        let (mut wire, engine) = self.wire();
+        let spread = engine.poll_spread(&mut wire);
+        let sent = |entry: &Entry| entry.lanes.is_empty() && entry.writer_idle && entry.ends.is_empty();
+        spread && self.sessions.values().all(sent)
+    }
+
+    /// Whether no session is left.
     #[must_use]
-    pub fn is_drained(&self) -> bool {
-        self.sessions.values().all(|entry| entry.lanes.is_empty() && entry.writer_idle)
+    pub fn is_deserted(&self) -> bool {
+        self.sessions.is_empty()
+    }
+
+    /// Drained, or out of time: every session ends, once its writer has sent what it has.
+    pub fn handle_finish(&mut self) {
+        self.outputs.extend(self.sessions.keys().map(|id| Output::Close(*id)));
+        self.sessions.values_mut().for_each(|entry| entry.closing = true);
     }
 
     /// Whether the drain began.
@@ -413,6 +474,23 @@ impl Node {
     pub fn pressure(&self) -> u8 {
         let lanes = self.links.values().filter_map(|id| self.sessions.get(id)).map(|entry| entry.lanes.percent()).min();
         self.quota.percent().max(lanes.unwrap_or(0))
+    }
+
+    /// How much of the memory budget is used, 0 to 100: see [`crate::memory`].
+    #[must_use]
+    pub fn memory_percent(&self) -> u8 {
+        self.memory.percent(self.others())
+    }
+
+    /// Bytes of the memory budget that are used.
+    #[must_use]
+    pub fn memory_used(&self) -> u64 {
+        self.memory.used() + self.others()
+    }
+
+    /// What is used by others than sessions: messages, and readers.
+    fn others(&self) -> u64 {
+        self.engine.memory().saturating_add(self.reading)
     }
 
     fn reschedule(&mut self, id: SessionId) {
@@ -437,6 +515,7 @@ impl Node {
             }
             return;
         }
+        entry.settle(&mut self.memory);
         if counted {
             entry.quota.enter();
             self.quota.enter();
@@ -445,7 +524,8 @@ impl Node {
     }
 
     fn mark_sendable(&mut self, id: SessionId) {
-        Wire::new(&mut self.sessions, &self.links, &mut self.sendable).mark(id);
+        let (mut wire, _) = self.wire();
+        wire.mark(id);
     }
 
     /// Answers with a refusal. `end` closes the stream.

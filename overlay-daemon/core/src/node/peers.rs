@@ -301,6 +301,7 @@ impl Node {
     }
 
     pub(super) fn wire(&mut self) -> (Wire<'_>, &mut crate::gossip::Engine) {
-        (Wire::new(&mut self.sessions, &self.links, &mut self.sendable), &mut self.engine)
+        let memory = (&mut self.memory, self.engine.memory().saturating_add(self.reading));
+        (Wire::new(&mut self.sessions, &self.links, &mut self.sendable, memory), &mut self.engine)
     }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use bytes::{Bytes, BytesMut};
 
 use super::entry::{Entry, Upload};
+use super::streams::STOPPING;
 use super::{Clock, Kind, Node, Output, SessionId};
 use crate::Millis;
 use crate::frame::{AppProto, CHUNK, Flags, Frame, MAX_BODY};
@@ -81,7 +82,7 @@ impl Node {
             Publish::decode(frame.payload.clone()).ok_or(Refusal::new(Status::BadRequest, "not a publish record"))?;
         match publish {
             Publish::Message(payload) => {
-                self.admit_message(id, frame.corr_id, clock)?;
+                self.admit_message(id, frame.corr_id, payload.len() as u64, clock)?;
                 if payload.len() > CHUNK {
                     return Err(Refusal::new(Status::PayloadTooLarge, "over 64 KiB a message is sent as chunks"));
                 }
@@ -98,12 +99,14 @@ impl Node {
                     Err(_) => Upload::Refused { hash },
                 };
                 let replaced = self.set_upload(id, frame.corr_id, next);
-                if matches!(replaced, Some(Upload::Open { .. })) {
-                    self.forget_upload(id);
+                if let Some(Upload::Open { size, .. }) = replaced {
+                    self.forget_upload(id, size);
                 }
                 verdict?;
                 if let Some(entry) = self.sessions.get_mut(&id) {
                     entry.quota.enter();
+                    entry.uploading += u64::from(size);
+                    entry.settle(&mut self.memory);
                 }
                 self.quota.enter();
                 Ok(None)
@@ -112,9 +115,9 @@ impl Node {
         }
     }
 
-    fn admit_message(&mut self, id: SessionId, corr_id: u64, clock: Clock) -> Result<(), Refusal> {
+    fn admit_message(&mut self, id: SessionId, corr_id: u64, size: u64, clock: Clock) -> Result<(), Refusal> {
         self.admit(id, clock)?;
-        self.admit_write()?;
+        self.admit_write(size)?;
         let stream = self.sessions.get_mut(&id).and_then(|entry| entry.session.stream_mut(corr_id));
         match stream.map(|stream| &stream.kind) {
             Some(Kind::Publish { grant, .. }) => grant.check_time(clock.unix_ms),
@@ -133,7 +136,7 @@ impl Node {
         if size as usize <= CHUNK {
             return Err(Refusal::new(Status::BadRequest, "up to 64 KiB a message is sent whole"));
         }
-        self.admit_message(id, corr_id, clock)
+        self.admit_message(id, corr_id, size.into(), clock)
     }
 
     fn set_upload(&mut self, id: SessionId, corr_id: u64, next: Upload) -> Option<Upload> {
@@ -160,7 +163,7 @@ impl Node {
             Some(Upload::Open { hash, size, attributes, mut got, bytes, mut hasher, .. }) => {
                 let expected = (size as usize - bytes).min(CHUNK);
                 if hash != piece.hash || piece.index as usize != got.len() || piece.bytes.len() != expected {
-                    self.forget_upload(id);
+                    self.forget_upload(id, size);
                     self.set_upload(id, frame.corr_id, Upload::Refused { hash });
                     return bad("not the next chunk of the message");
                 }
@@ -175,7 +178,7 @@ impl Node {
                     );
                     return Ok(None);
                 }
-                self.forget_upload(id);
+                self.forget_upload(id, size);
                 if hasher.finalize() != hash {
                     return bad("the chunks are not the payload that was named");
                 }
@@ -187,10 +190,13 @@ impl Node {
         }
     }
 
-    /// An upload is over: it counts as in flight no longer. Its answer counts for itself.
-    pub(super) fn forget_upload(&mut self, id: SessionId) {
+    /// An upload of `size` bytes is over: it counts no longer, neither as in flight nor as
+    /// memory. Its answer counts for itself.
+    pub(super) fn forget_upload(&mut self, id: SessionId, size: u32) {
         if let Some(entry) = self.sessions.get_mut(&id) {
             entry.quota.leave(1);
+            entry.uploading = entry.uploading.saturating_sub(size.into());
+            entry.settle(&mut self.memory);
         }
         self.quota.leave(1);
     }
@@ -199,9 +205,9 @@ impl Node {
     pub(super) fn refuse_upload(&mut self, id: SessionId, corr_id: u64) {
         let stream = self.sessions.get_mut(&id).and_then(|entry| entry.session.stream_mut(corr_id));
         let Some(Kind::Publish { upload, .. }) = stream.map(|stream| &mut stream.kind) else { return };
-        if let Upload::Open { hash, .. } = *upload {
+        if let Upload::Open { hash, size, .. } = *upload {
             *upload = Upload::Refused { hash };
-            self.forget_upload(id);
+            self.forget_upload(id, size);
         }
     }
 
@@ -210,20 +216,20 @@ impl Node {
     pub(super) fn refuse_stalled_uploads(&mut self, now: Millis) {
         let patience = self.config.overlay.read_timeout_ms;
         let is_stalled = |upload: &Upload| match upload {
-            Upload::Open { hash, progress, .. } if now.since(*progress) >= patience => Some(*hash),
+            Upload::Open { hash, size, progress, .. } if now.since(*progress) >= patience => Some((*hash, *size)),
             Upload::Open { .. } | Upload::Refused { .. } | Upload::None => None,
         };
         let mut stalled = Vec::new();
         for (id, entry) in self.sessions.iter().filter(|(_, entry)| entry.quota.inflight() > 0) {
             for (corr_id, stream) in entry.session.streams() {
                 if let Kind::Publish { upload, .. } = &stream.kind {
-                    stalled.extend(is_stalled(upload).map(|hash| (*id, corr_id, stream.tenant, hash)));
+                    stalled.extend(is_stalled(upload).map(|(hash, size)| (*id, corr_id, stream.tenant, hash, size)));
                 }
             }
         }
-        for (id, corr_id, tenant, hash) in stalled {
+        for (id, corr_id, tenant, hash, size) in stalled {
             self.set_upload(id, corr_id, Upload::Refused { hash });
-            self.forget_upload(id);
+            self.forget_upload(id, size);
             let to = Frame::new(Flags::REQ, AppProto::PUBSUB, tenant, corr_id, Bytes::new());
             self.refuse(id, &to, &Refusal::new(Status::BadRequest, "the next chunk did not come in time"), false);
         }
@@ -242,6 +248,9 @@ impl Node {
         let Some(Kind::Publish { topic, .. }) = stream.map(|stream| &stream.kind) else {
             return Err(Refusal::new(Status::BadRequest, "not a publish stream"));
         };
+        if self.draining {
+            return Err(STOPPING); // an upload that began before: its subscribers are leaving
+        }
         let draft = Draft { tenant: frame.tenant, topic: topic.clone(), attributes, payload, hash };
         let (mut wire, engine) = self.wire();
         let held = engine.publish(draft, clock.unix_ms, clock.now, &mut wire)?;
@@ -255,11 +264,11 @@ impl Node {
         let Some(subscribers) = self.subscriptions.0.get(&(held.tenant, held.envelope.topic.clone())) else { return };
         let class = class_of(held);
         for (id, corr_id) in subscribers.clone() {
+            let fits = self.wire().0.fits(id, class, held.frames.len());
             let Some(entry) = self.sessions.get_mut(&id) else { continue };
-            let room = entry.lanes.room(class);
             let Some(stream) = entry.session.stream_mut(corr_id) else { continue };
             let Kind::Subscribe { missed, .. } = &mut stream.kind else { continue };
-            if *missed > 0 || room < held.frames.len() {
+            if *missed > 0 || !fits {
                 *missed = missed.saturating_add(1);
                 self.outputs.push_back(Output::Rejected(Reason::Overflow));
                 continue;
@@ -304,16 +313,33 @@ impl Node {
 
     /// Draining: every subscription ends, after what it already has queued.
     pub(super) fn end_subscriptions(&mut self) {
-        let refusal = Refusal::later(Status::Unavailable, "the daemon is stopping", 1_000);
-        let open: Vec<(SessionId, u64)> = self
-            .sessions
-            .iter()
-            .flat_map(|(id, entry)| entry.session.streams().map(move |(corr_id, stream)| (*id, corr_id, stream)))
-            .filter(|(_, _, stream)| matches!(stream.kind, Kind::Subscribe { .. }))
-            .map(|(id, corr_id, _)| (id, corr_id))
-            .collect();
-        for (id, corr_id) in open {
-            self.cut(id, corr_id, &refusal);
+        self.subscriptions = Subscriptions::default();
+        for entry in self.sessions.values_mut() {
+            let open = entry.session.streams().filter(|(_, stream)| matches!(stream.kind, Kind::Subscribe { .. }));
+            entry.ends = open.map(|(corr_id, stream)| (corr_id, stream.tenant)).collect();
+        }
+        let ids: Vec<SessionId> = self.sessions.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.tell_ends(id));
+    }
+
+    /// Ends a session's subscriptions once nothing of them is queued: lanes overtake each other,
+    /// and whoever heard of the end would not wait for the rest.
+    pub(super) fn tell_ends(&mut self, id: SessionId) {
+        let Some(entry) = self.sessions.get_mut(&id) else { return };
+        if entry.ends.is_empty() || !entry.lanes.is_empty() {
+            return;
+        }
+        for (corr_id, tenant) in std::mem::take(&mut entry.ends) {
+            let Some(stream) = self.release(id, corr_id) else { continue };
+            if let Kind::Subscribe { missed: missed @ 1.., .. } = stream.kind {
+                let gap = Record::Gap { missed }.encode();
+                self.push(id, Class::Control, Frame::new(Flags::EVENT, AppProto::PUBSUB, tenant, corr_id, gap));
+            }
+            let end = Frame {
+                code: STOPPING.status.code(),
+                ..Frame::new(Flags::RESP | Flags::END, AppProto::PUBSUB, tenant, corr_id, STOPPING.body(corr_id))
+            };
+            self.push(id, Class::Control, end);
         }
     }
 }

@@ -5,6 +5,7 @@
 use bytes::Bytes;
 
 use super::peers::wait_ms;
+use super::streams::STOPPING;
 use super::{Class, Clock, Entry, Kind, Node, SessionId, State};
 use crate::Millis;
 use crate::backoff::{FIRST_MS, MOST_MS};
@@ -40,6 +41,9 @@ impl Node {
     ) -> Result<(), Refusal> {
         if start.flags.has(Flags::END) {
             return Err(Refusal::new(Status::BadRequest, "a renewal that ends with its START"));
+        }
+        if self.draining {
+            return Err(STOPPING); // it is about to end, under the number that it has
         }
         let Some(entry) = self.sessions.get_mut(&id) else { return Ok(()) };
         let stream = entry.session.stream_mut(old).filter(|stream| !stream.ours);
@@ -101,6 +105,7 @@ impl Node {
                 remote.streams.insert(tenant, new);
             }
         }
+        entry.settle(&mut self.memory);
         self.mark_sendable(id);
     }
 

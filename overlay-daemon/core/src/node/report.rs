@@ -13,8 +13,12 @@ impl Node {
     /// The JSON object of the admin protocol's `sessions`.
     pub(super) fn sessions_report(&self, now: Millis) -> Bytes {
         let sessions: Vec<_> = self.sessions.iter().map(|(id, entry)| session(id.0, entry, now, self)).collect();
-        let conditions: Vec<_> =
-            self.report.conditions.iter().map(|c| json!({"name": c.name, "ok": c.ok, "reason": c.reason})).collect();
+        let conditions: Vec<_> = self
+            .report
+            .conditions
+            .iter()
+            .map(|c| json!({"name": c.name, "ok": c.ok, "reason": c.reason, "since_ms": c.since_ms}))
+            .collect();
         let (held, bytes) = self.engine.held();
         control::json(&json!({
             "daemon": {
@@ -27,6 +31,7 @@ impl Node {
             "conditions": conditions,
             "sessions": sessions,
             "messages": {"held": held, "bytes": bytes},
+            "memory": {"used": self.memory_used(), "limit": self.config.overlay.memory_bytes},
         }))
     }
 
@@ -70,6 +75,7 @@ fn session(id: u64, entry: &Entry, now: Millis, node: &Node) -> serde_json::Valu
         "age_ms": age_ms,
         "idle_ms": idle_ms,
         "queued_frames": entry.lanes.len(),
+        "queued_bytes": entry.lanes.bytes(),
         "streams": entry.session.streams().count(),
     })
 }

@@ -9,6 +9,9 @@ use crate::lanes::Class;
 use crate::record::Record;
 use crate::status::{Reason, Refusal, Status};
 
+/// What a daemon that drains answers.
+pub(super) const STOPPING: Refusal = Refusal::later(Status::Unavailable, "the daemon is stopping", 1_000);
+
 impl Node {
     pub(super) fn start(&mut self, id: SessionId, start: &Frame, grant: Option<Result<Grant, Refusal>>, clock: Clock) {
         let lease = grant.as_ref().and_then(|grant| grant.as_ref().ok()).map(Grant::lease);
@@ -45,7 +48,7 @@ impl Node {
         match (start.app, open) {
             (AppProto::PUBSUB, Open::Publish { topic }) => {
                 grant.permit(Action::Publish, start.tenant, Some(&topic))?;
-                self.admit_write()?;
+                self.admit_write(0)?;
                 Ok(Some(Kind::Publish { topic, grant: Box::new(grant), upload: Upload::None }))
             }
             (AppProto::PUBSUB, Open::Subscribe { topics }) => {
@@ -59,7 +62,7 @@ impl Node {
                     grant.permit(Action::Subscribe, start.tenant, Some(topic))?;
                 }
                 if self.draining {
-                    return Err(Refusal::later(Status::Unavailable, "the daemon is stopping", 1_000));
+                    return Err(STOPPING);
                 }
                 self.subscriptions.add(id, start, &topics);
                 Ok(Some(Kind::Subscribe { topics, missed: 0 }))
@@ -98,13 +101,15 @@ impl Node {
         self.quota.admit(clock.now)
     }
 
-    /// I-6: writes fail first.
-    pub(super) fn admit_write(&self) -> Result<(), Refusal> {
-        match (self.draining, self.shedding) {
-            (true, _) => Err(Refusal::later(Status::Unavailable, "the daemon is stopping", 1_000)),
-            (false, true) => Err(Refusal::later(Status::Unavailable, "the daemon sheds writes under pressure", 500)),
-            (false, false) => Ok(()),
+    /// I-6: writes fail first. `bytes` is what this one takes; memory is asked here, at once,
+    /// since much can be taken between two judgements of readiness.
+    pub(super) fn admit_write(&self, bytes: u64) -> Result<(), Refusal> {
+        const SHEDDING: Refusal = Refusal::later(Status::Unavailable, "the daemon sheds writes under pressure", 500);
+        if self.draining {
+            return Err(STOPPING);
         }
+        let fits = self.memory.has_room(self.others(), bytes, self.config.readiness.shed_at_percent);
+        if self.shedding || !fits { Err(SHEDDING) } else { Ok(()) }
     }
 
     pub(super) fn request(&mut self, id: SessionId, frame: Frame, clock: Clock) {

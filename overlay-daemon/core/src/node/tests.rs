@@ -3,6 +3,7 @@
 mod joined;
 mod oracle;
 mod pace;
+mod pressure;
 mod sim;
 mod tokens;
 
@@ -235,7 +236,7 @@ fn shedding_and_draining() {
         (texts(&last), last.last().map(|f| (f.code, f.flags.has(Flags::END)))),
         (vec!["a".to_owned()], Some((503, true)))
     );
-    assert!(sim.nodes[0].is_drained());
+    assert!(sim.nodes[0].poll_drained());
 }
 
 #[test]

@@ -111,7 +111,7 @@ impl Node {
         match &stream.kind {
             Kind::Subscribe { topics, .. } => self.subscriptions.remove(id, stream.tenant, corr_id, topics),
             // The upload's own answer will not come: the count goes with it.
-            Kind::Publish { upload: Upload::Open { .. }, .. } => self.forget_upload(id),
+            Kind::Publish { upload: Upload::Open { size, .. }, .. } => self.forget_upload(id, *size),
             Kind::Publish { .. } | Kind::GossipIn | Kind::GossipOut { .. } => {}
         }
         Some(stream)
@@ -134,6 +134,7 @@ impl Node {
         }
         if let Some(entry) = self.sessions.get_mut(&id).filter(|entry| !entry.closing) {
             entry.lanes.push_last(end);
+            entry.settle(&mut self.memory);
             self.mark_sendable(id);
         }
     }

@@ -296,12 +296,15 @@ impl Sim {
     fn transmit(&mut self, node: usize, clock: Clock) {
         while let Some((session, frames)) = self.nodes[node].poll_transmit(clock.now) {
             let end = End { node, session };
+            // A wire carries bytes: what arrives shares nothing with what was queued.
+            let copy = |frame: Frame| Frame { payload: Bytes::copy_from_slice(&frame.payload), ..frame };
+            let frames = frames.into_iter().map(copy);
             if let Some(received) = self.clients.get_mut(&end) {
                 received.extend(frames);
             } else if let Some(to) =
                 self.wires.get(&end).filter(|to| !(self.black.contains(&node) && self.black.contains(&to.node)))
             {
-                self.in_flight.extend(frames.into_iter().map(|frame| (clock.now.0 + 1, *to, frame)));
+                self.in_flight.extend(frames.map(|frame| (clock.now.0 + 1, *to, frame)));
             }
             if !self.stalled.contains(&end) {
                 self.nodes[node].handle_sent(session, clock.now);

@@ -1,0 +1,58 @@
+//! Who may have a session: `max_sessions` of them, of which a configured peer that is missing
+//! keeps one, and as many as memory takes. Who finds no place is told so at HELLO.
+
+use super::streams::STOPPING;
+use super::{Entry, Node, Opening};
+use crate::grant::Holder;
+use crate::identity::SpiffeId;
+use crate::memory::SESSION_BYTES;
+use crate::status::{Refusal, Status};
+
+/// Callers that wait to be told that there is no place, at once: they hold no place meanwhile,
+/// and past it the rest is closed without a word.
+pub(super) const MAX_TURNED_AWAY: usize = 256;
+
+const FULL: Refusal = Refusal::later(Status::QuotaExhausted, "the daemon has as many sessions as it may", 1_000);
+pub(super) const NO_MEMORY: Refusal = Refusal::later(Status::Unavailable, "the daemon's memory is used up", 1_000);
+
+impl Node {
+    /// Whether there is a place.
+    ///
+    /// # Errors
+    /// What HELLO is answered with.
+    pub(super) fn find_place(&self, opening: &Opening) -> Result<(), Refusal> {
+        if self.draining {
+            return Err(STOPPING);
+        }
+        let is_peer = match &opening.holder {
+            _ if opening.dialled.is_some() => true,
+            Holder::Certificate(identity) => self.expects(identity),
+            Holder::Local => false,
+        };
+        // Peers are as few as the configuration says, and clients must not keep them out.
+        if is_peer {
+            return Ok(());
+        }
+        if !self.memory.has_room(self.others(), SESSION_BYTES, 100) {
+            return Err(NO_MEMORY);
+        }
+        let taken = self.sessions.len() - self.turned_away;
+        let most = self.config.overlay.max_sessions as usize;
+        if taken + self.missing_peers() < most { Ok(()) } else { Err(FULL) }
+    }
+
+    /// Whether this is a configured peer's identity, with a session to come: each may have two,
+    /// since it dials anew before the old one is gone.
+    fn expects(&self, identity: &SpiffeId) -> bool {
+        let own = self.places.iter().filter(|(_, peer)| peer.identity.covers(identity)).count();
+        let same = |entry: &&Entry| matches!(&entry.holder, Holder::Certificate(holder) if holder == identity);
+        own > 0 && self.sessions.values().filter(same).take(2 * own).count() < 2 * own
+    }
+
+    /// Configured peers without a session.
+    fn missing_peers(&self) -> usize {
+        let here = |id| self.sessions.get(id).and_then(|entry| entry.remote()?.configured);
+        let here: std::collections::BTreeSet<usize> = self.links.values().filter_map(here).collect();
+        self.places.iter().filter(|(place, _)| !here.contains(place)).count()
+    }
+}

@@ -2,6 +2,7 @@
 //! processes die.
 
 mod amnesia;
+mod authorities;
 mod local;
 mod metrics;
 mod reload;

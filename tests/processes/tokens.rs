@@ -2,6 +2,7 @@
 //! command, renewed while streams are open, and their end.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
@@ -116,6 +117,36 @@ fn k1_a_token_that_dies_ends_its_stream() -> Result<()> {
     let said = String::from_utf8(output.stderr)?;
     ensure!(!output.status.success() && said.contains("401 unauthorized: the token has expired"), "{said}");
     ensure!(inspect(&file, &[])?.1.contains("expired"), "not before its time");
+    Ok(())
+}
+
+/// K1: a key that is taken away ends the streams of its tokens, and the session goes on without
+/// them: a token of the next key opens another.
+#[test]
+fn k1_a_key_that_is_removed_ends_its_streams() -> Result<()> {
+    let (target, next) = (Target::start()?, Target::start()?);
+    let at = &target.daemons[0];
+    let files = |target: &Target| {
+        let socket = &target.daemons[0].socket;
+        (socket.with_file_name("trust").join("token-keys.json"), socket.with_file_name("token"))
+    };
+    let ((keys, token), (next_keys, next_token)) = (files(&target), files(&next));
+    let mut command = target.subscribe(at, &token, &["--timeout", "30s"])?;
+    let mut reader = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let mut said = BufReader::new(reader.stderr.take().context("a pipe for standard error")?);
+    let mut line = String::new();
+    said.read_line(&mut line)?;
+    ensure!(line == "subscribed to news\n", "{line}");
+    target.place(&keys, &fs::read_to_string(next_keys)?)?;
+    let mut rest = String::new();
+    said.read_to_string(&mut rest)?;
+    ensure!(!reader.wait()?.success() && rest.contains("401 unauthorized: the token's key is not known"), "{rest}");
+    let publish = |token: &PathBuf| {
+        let mut command = Command::new(programs::built("overlay-daemon")?);
+        command.args(["pub", "news", "x", "--token-file"]).arg(token).arg("--socket").arg(&at.socket);
+        Ok::<_, anyhow::Error>(command.stdin(Stdio::null()).output()?.status.success())
+    };
+    ensure!(!publish(&token)? && publish(&next_token)?);
     Ok(())
 }
 

@@ -19,10 +19,11 @@ fn request(flags: Flags, app: AppProto, corr_id: u64, payload: Bytes) -> Frame {
     Frame::new(flags, app, TenantId(0), corr_id, payload)
 }
 
-fn examples() -> [(&'static str, Frame); 6] {
+fn examples() -> [(&'static str, Frame); 7] {
     let hello = json(&Hello { ua: Some("example/1.0".into()), daemon: None });
     let open = Open::Subscribe { topics: vec!["news".parse().unwrap()] };
     let start = request(Flags::REQ | Flags::START, AppProto::PUBSUB, 3, json(&open));
+    let renewal = request(Flags::REQ | Flags::START, AppProto::PUBSUB, 7, json(&Open::Renew { stream: 3 }));
     let payload = Bytes::from_static(b"hello");
     let publish = request(Flags::REQ, AppProto::PUBSUB, 5, Publish::Message(payload.clone()).encode());
     let envelope = Envelope {
@@ -42,6 +43,7 @@ fn examples() -> [(&'static str, Frame); 6] {
     [
         ("hello", request(Flags::REQ, AppProto::CONTROL, 1, hello)),
         ("subscribe", Frame { cap: Bytes::from_static(b"header.claims.signature"), ..start }),
+        ("renew", Frame { cap: Bytes::from_static(b"header.claims.signature"), ..renewal }),
         ("accepted", Frame::response(&publish, 200, false, id)),
         ("refused", Frame::response(&publish, 413, false, refusal.body(5))),
         ("event", request(Flags::EVENT, AppProto::PUBSUB, 3, event.encode())),

@@ -1,5 +1,7 @@
 //! Streams and their tokens: when they end, and how they go on by another.
 
+use proptest::prelude::*;
+
 use super::sim::{SIGNED_BY, UNIX_MS};
 use super::*;
 use crate::grant::{Action, Claims, SignedBy, TokenKey};
@@ -348,4 +350,79 @@ fn a_refused_renewal_of_gossip_goes_back() {
     let peer = sim.nodes[0].sessions.values().find(|entry| entry.remote().is_some()).unwrap();
     let ours: Vec<_> = peer.session.streams().filter(|(_, stream)| stream.ours).map(|(_, s)| &s.kind).collect();
     assert!(matches!(ours[..], [Kind::GossipOut { token: 1, renews: None }]), "{ours:?}");
+}
+
+/// What may happen to a subscription and its reader.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Publish,
+    PublishChunks,
+    Stall(bool),
+    Renew,
+    Run(u64),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        4 => Just(Step::Publish),
+        1 => Just(Step::PublishChunks),
+        2 => any::<bool>().prop_map(Step::Stall),
+        2 => Just(Step::Renew),
+        2 => (0..5_u64).prop_map(Step::Run),
+    ];
+    prop::collection::vec(step, 1..60)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// However publishing, reading and renewing interleave: every event comes once, messages of
+    /// one size in their order, and none under a number that has had its END.
+    #[test]
+    fn renewals_lose_and_double_nothing(steps in steps()) {
+        let mut sim = Sim::new(1);
+        let (reader, publisher) = (sim.subscriber(0), sim.publisher(0));
+        let (mut published, mut uploads, mut current) = (0_u8, 0_usize, 3);
+        for step in steps {
+            match step {
+                Step::Publish => {
+                    publish(&mut sim, 0, publisher, 3, &Publish::Message(format!("m{published}").into()));
+                    published += 1;
+                }
+                Step::PublishChunks => {
+                    let payload = Bytes::from(vec![published; 70_000 + uploads]);
+                    let hash = crate::gossip::digest(&payload);
+                    let size = u32::try_from(payload.len()).unwrap();
+                    publish(&mut sim, 0, publisher, 3, &Publish::Begin { size, hash });
+                    pieces(&payload, hash).for_each(|piece| publish(&mut sim, 0, publisher, 3, &Publish::Piece(piece)));
+                    uploads += 1;
+                }
+                Step::Stall(stalled) => sim.stall(0, reader, stalled),
+                Step::Renew => {
+                    let grant = sim.grant();
+                    sim.client_starts(0, reader, renewal(current, current + 2), Some(grant));
+                    current += 2;
+                }
+                Step::Run(ms) => sim.run(ms),
+            }
+        }
+        sim.run(5);
+        sim.stall(0, reader, false);
+        sim.run(50);
+        let frames = sim.client_frames(0, reader);
+        let messages: Vec<String> = texts(&frames).into_iter().filter(|text| text.starts_with('m')).collect();
+        prop_assert_eq!(messages, (0..published).map(|n| format!("m{n}")).collect::<Vec<_>>());
+        let records = delivered(&frames);
+        let count = |is: fn(&Record) -> bool| records.iter().filter(|record| is(record)).count();
+        prop_assert_eq!(count(|r| matches!(r, Record::Begin { .. })), uploads);
+        prop_assert_eq!(count(|r| matches!(r, Record::Piece(_))), 2 * uploads);
+        let mut ended = Vec::new();
+        for frame in frames {
+            prop_assert!(!ended.contains(&frame.corr_id), "{:?}", frame);
+            if frame.flags.has(Flags::END) {
+                ended.push(frame.corr_id);
+            }
+        }
+        prop_assert_eq!(ended, (3..current).step_by(2).collect::<Vec<_>>());
+    }
 }

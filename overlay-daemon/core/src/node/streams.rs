@@ -138,13 +138,9 @@ impl Node {
         let (mut wire, engine) = self.wire();
         match engine.handle_record(link, tenant, record, (clock.unix_ms, clock.now), &mut wire) {
             Ok(deliveries) => deliveries.iter().for_each(|held| self.deliver(held)),
-            Err(reason) => {
-                self.outputs.push_back(Output::Rejected(reason));
-                // What is stale is nobody's fault: a mesh that was apart sends much of it.
-                if reason != Reason::Stale {
-                    self.count_useless(id);
-                }
-            }
+            // Not counted as useless: what is stale, or went round too often, is not its
+            // neighbour's fault, and an honest peer is never to be cut off for it.
+            Err(reason) => self.outputs.push_back(Output::Rejected(reason)),
         }
     }
 

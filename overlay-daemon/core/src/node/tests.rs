@@ -284,7 +284,7 @@ fn a_long_absence_is_made_good() {
 
 /// I-9: uploads that stand still hold no place among the requests in flight for ever.
 #[test]
-fn an_upload_that_stands_still_is_refused() {
+fn f7_an_upload_that_stands_still_is_refused() {
     let mut sim = Sim::new(1);
     let publisher = sim.publisher(0);
     publish(&mut sim, 0, publisher, 1, &Publish::Begin { size: 1_048_576, hash: [0; 32] });

@@ -236,9 +236,12 @@ fn in_every_state() -> Vec<(&'static str, Session<()>)> {
     ]
 }
 
+/// State, protocols, flags, streams, event.
+type Allowed = (&'static str, &'static [u16], &'static str, &'static [u64], &'static str);
+
 /// What may be done in which state: protocols, flags, streams, and what comes of it. Nothing
 /// else may. ACK_REQ, APP_E2E and END are marked `+` where they make no difference.
-const ALLOWED: &[(&str, &[u16], &str, &[u64], &str)] = &[
+const ALLOWED: &[Allowed] = &[
     ("handshake", &[0], "REQ", &[0, 1, 2, 3, 4, 5, 6], "hello"),
     ("handshake of the dialler", &[0], "RESP+END", &[1], "welcomed"),
     ("active", &[0], "REQ", &[0, 1, 2, 3, 4, 5, 6], "ping"),

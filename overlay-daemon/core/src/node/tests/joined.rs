@@ -160,15 +160,15 @@ proptest! {
         sim.run(12_000);
 
         let mut accepted = BTreeSet::new();
-        for node in 0..2 {
-            let frames = sim.client_frames(node, publishers[node]);
+        for (node, publisher) in publishers.into_iter().enumerate() {
+            let frames = sim.client_frames(node, publisher);
             let answers: Vec<&Frame> = frames[1..].iter().filter(|frame| frame.code != 206).collect();
             prop_assert_eq!(answers.len(), published[node], "one answer a message");
             let taken = answers.iter().filter(|frame| frame.code == 200);
             accepted.extend(taken.map(|frame| MessageId(frame.payload[..].try_into().unwrap())));
         }
-        for node in 0..2 {
-            let (ids, promised, pieces) = delivered_ids(&sim.client_frames(node, subscribers[node]));
+        for (node, subscriber) in subscribers.into_iter().enumerate() {
+            let (ids, promised, pieces) = delivered_ids(&sim.client_frames(node, subscriber));
             let distinct: BTreeSet<MessageId> = ids.iter().copied().collect();
             prop_assert!(accepted.is_subset(&distinct), "daemon {} lost {} of {}", node, accepted.difference(&distinct).count(), accepted.len());
             prop_assert_eq!((distinct.len(), pieces), (ids.len(), promised), "each once, and whole");

@@ -3,33 +3,23 @@
 //! core's codec, not the daemon's own.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
-use bytes::{Bytes, BytesMut};
-use overlay_core::control::{Hello, HelloReply, Open, json, parse};
-use overlay_core::frame::{AppProto, Flags, Frame};
-use overlay_core::identity::TenantId;
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use overlay_core::control::{HelloReply, Open};
+use overlay_core::frame::Flags;
+use overlay_core::record;
 use overlay_core::status::ErrorBody;
-use overlay_core::{codec, record};
-use overlay_tests::http;
-use overlay_tests::wait;
-use rustls::crypto::aws_lc_rs::{default_provider, kx_group};
-use rustls::crypto::{CryptoProvider, SupportedKxGroup};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{
-    AlertDescription, ClientConfig, ClientConnection, RootCertStore, StreamOwned, SupportedProtocolVersion, version,
-};
+use overlay_tests::oap::{Offer, TLS12_ONLY, Wire, certified, request};
+use overlay_tests::{http, wait};
+use rustls::AlertDescription;
+use rustls::crypto::SupportedKxGroup;
+use rustls::crypto::aws_lc_rs::kx_group;
 
 use crate::local::mesh::{Daemon, LIMIT, Mesh};
-
-static TLS13_ONLY: [&SupportedProtocolVersion; 1] = [&version::TLS13];
-static TLS12_ONLY: [&SupportedProtocolVersion; 1] = [&version::TLS12];
 
 const ONE: &str = "apiVersion: overlay.rustyonions.io/v1alpha1
 kind: OverlayNode
@@ -74,160 +64,21 @@ impl Target {
 
     /// A session on the Unix socket, HELLO done.
     fn local(&self) -> Result<Wire<UnixStream>> {
-        let stream = UnixStream::connect(&self.daemon.socket)?;
-        stream.set_read_timeout(Some(LIMIT))?;
-        let mut wire = Wire { stream, read: BytesMut::new() };
-        wire.hello()?;
-        Ok(wire)
-    }
-}
-
-/// OAP/1 over any stream.
-struct Wire<S> {
-    stream: S,
-    read: BytesMut,
-}
-
-impl<S: Read + Write> Wire<S> {
-    fn send(&mut self, frame: &Frame) -> Result<()> {
-        Ok(self.stream.write_all(&codec::encoded(frame)?)?)
+        Wire::local(&self.daemon.socket)
     }
 
-    /// The next frame; none where the daemon closed.
-    fn receive(&mut self) -> Result<Option<Frame>> {
-        let mut chunk = [0; 4_096];
-        loop {
-            if let Some(frame) = codec::decode(&mut self.read)? {
-                return Ok(Some(frame));
-            }
-            match self.stream.read(&mut chunk) {
-                Ok(0) => return Ok(None),
-                Ok(n) => self.read.extend_from_slice(&chunk[..n]),
-                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(None),
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
-    fn hello(&mut self) -> Result<HelloReply> {
-        self.send(&Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), 1, json(&Hello::default())))?;
-        let answer = self.receive()?.context("the daemon closed instead of answering HELLO")?;
-        ensure!(answer.code == 200, "HELLO got {}", answer.code);
-        parse(&answer.payload).context("the answer to HELLO")
-    }
-
-    /// Sends a START and gives the code that answers it.
-    fn start(&mut self, corr_id: u64, open: &Open, cap: Bytes) -> Result<u16> {
-        let start = Frame::new(Flags::REQ | Flags::START, AppProto::PUBSUB, TenantId(0), corr_id, json(open));
-        self.send(&Frame { cap, ..start })?;
-        Ok(self.receive()?.context("the daemon closed")?.code)
-    }
-}
-
-/// What a client offers.
-struct Offer {
-    groups: Vec<&'static dyn SupportedKxGroup>,
-    versions: &'static [&'static SupportedProtocolVersion],
-    certificate: Option<(PathBuf, PathBuf)>,
-    alpn: &'static [u8],
-}
-
-impl Offer {
     /// Everything that the daemon's own replicas offer.
-    fn good(target: &Target) -> Self {
-        let certificate = Some((target.trust.join("tls.crt"), target.trust.join("tls.key")));
-        Self { groups: vec![kx_group::X25519MLKEM768], versions: &TLS13_ONLY, certificate, alpn: b"ron/oap1" }
+    fn offer(&self) -> Result<Offer> {
+        Offer::of_folder(&self.trust)
     }
 
-    /// Shakes hands and says HELLO: with TLS 1.3 a client learns that its certificate was
-    /// refused only from what it reads first.
-    fn greet(&self, target: &Target) -> Result<HelloReply> {
-        let provider = CryptoProvider { kx_groups: self.groups.clone(), ..default_provider() };
-        let mut roots = RootCertStore::empty();
-        for certificate in CertificateDer::pem_file_iter(target.trust.join("ca.crt"))? {
-            roots.add(certificate?)?;
-        }
-        let verifier =
-            rustls::client::WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::new(provider.clone()))
-                .build()?;
-        let builder = ClientConfig::builder_with_provider(Arc::new(provider))
-            .with_protocol_versions(self.versions)?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(AnyName(verifier)));
-        let mut config = match &self.certificate {
-            Some((certificate, key)) => {
-                let chain = CertificateDer::pem_file_iter(certificate)?.collect::<Result<Vec<_>, _>>()?;
-                builder.with_client_auth_cert(chain, PrivateKeyDer::from_pem_file(key)?)?
-            }
-            None => builder.with_no_client_auth(),
-        };
-        config.alpn_protocols = vec![self.alpn.to_vec()];
-        let stream = TcpStream::connect(target.daemon.address)?;
-        stream.set_read_timeout(Some(LIMIT))?;
-        let session = ClientConnection::new(Arc::new(config), ServerName::try_from("overlay.invalid")?)?;
-        Wire { stream: StreamOwned::new(session, stream), read: BytesMut::new() }.hello()
+    fn greet(&self, offer: &Offer) -> Result<HelloReply> {
+        Ok(offer.greet(self.daemon.address)?.1)
     }
 
-    /// Asserts that the daemon refuses with one of these alerts.
-    fn refused(&self, target: &Target, alerts: &[AlertDescription]) -> Result<()> {
-        let Err(error) = self.greet(target) else { bail!("the daemon let it in") };
-        let alert = error.chain().find_map(|cause| {
-            let tls = cause.downcast_ref::<rustls::Error>().or_else(|| {
-                let io = cause.downcast_ref::<std::io::Error>()?;
-                io.get_ref()?.downcast_ref::<rustls::Error>()
-            });
-            match tls {
-                Some(rustls::Error::AlertReceived(alert)) => Some(*alert),
-                _ => None,
-            }
-        });
-        ensure!(alert.is_some_and(|alert| alerts.contains(&alert)), "no alert of {alerts:?}: {error:#}");
-        Ok(())
-    }
-}
-
-/// Checks the daemon's chain and signatures, not its name: identity is the URI SAN.
-#[derive(Debug)]
-struct AnyName(Arc<rustls::client::WebPkiServerVerifier>);
-
-impl rustls::client::danger::ServerCertVerifier for AnyName {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        name: &ServerName<'_>,
-        ocsp: &[u8],
-        now: rustls::pki_types::UnixTime,
-    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
-        use rustls::CertificateError::{NotValidForName, NotValidForNameContext};
-        match self.0.verify_server_cert(end_entity, intermediates, name, ocsp, now) {
-            Err(rustls::Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. })) => {
-                Ok(rustls::client::danger::ServerCertVerified::assertion())
-            }
-            other => other,
-        }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        self.0.verify_tls12_signature(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        self.0.verify_tls13_signature(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        self.0.supported_verify_schemes()
+    /// Asserts that it refuses, with one of these alerts, and counts it.
+    fn refuses(&self, offer: &Offer, alerts: &[AlertDescription]) -> Result<()> {
+        self.counts("tls", || offer.refused(self.daemon.address, alerts))
     }
 }
 
@@ -237,27 +88,26 @@ impl rustls::client::danger::ServerCertVerifier for AnyName {
 fn a_handshake_that_proves_less_is_refused() -> Result<()> {
     use AlertDescription as Alert;
     let target = Target::start()?;
-    let good = || Offer::good(&target);
-    let reply = good().greet(&target)?;
+    let good = target.offer()?;
+    let reply = target.greet(&good)?;
     ensure!(reply.max_frame == 1_048_576 && reply.daemon.is_some_and(|daemon| daemon.name == "one-0"));
 
-    let classical = Offer { groups: vec![kx_group::X25519], ..good() };
-    target.counts("tls", || classical.refused(&target, &[Alert::HandshakeFailure]))?;
+    let classical = Offer { groups: vec![kx_group::X25519], ..good.clone() };
+    target.refuses(&classical, &[Alert::HandshakeFailure])?;
     let both: Vec<&dyn SupportedKxGroup> = vec![kx_group::X25519, kx_group::X25519MLKEM768];
-    Offer { groups: both, ..good() }.greet(&target).context("hybrid among others is taken")?;
+    target.greet(&Offer { groups: both, ..good.clone() }).context("hybrid among others is taken")?;
 
-    let old = Offer { versions: &TLS12_ONLY, groups: vec![kx_group::X25519], ..good() };
-    target.counts("tls", || old.refused(&target, &[Alert::ProtocolVersion, Alert::HandshakeFailure]))?;
+    let old = Offer { versions: &TLS12_ONLY, groups: vec![kx_group::X25519], ..good.clone() };
+    target.refuses(&old, &[Alert::ProtocolVersion, Alert::HandshakeFailure])?;
 
-    let anonymous = Offer { certificate: None, ..good() };
-    target.counts("tls", || anonymous.refused(&target, &[Alert::CertificateRequired]))?;
+    target.refuses(&Offer { certificate: None, ..good.clone() }, &[Alert::CertificateRequired])?;
 
     let folder = tempfile::tempdir()?;
-    let stranger = Offer { certificate: Some(foreign_leaf(folder.path())?), ..good() };
-    target
-        .counts("tls", || stranger.refused(&target, &[Alert::UnknownCA, Alert::BadCertificate, Alert::DecryptError]))?;
+    let (certificate, key) = foreign_leaf(folder.path())?;
+    let stranger = Offer { certificate: Some(certified(&certificate, &key)?), ..good.clone() };
+    target.refuses(&stranger, &[Alert::UnknownCA, Alert::BadCertificate, Alert::DecryptError])?;
 
-    good().greet(&target).context("after all of them an honest one gets in")?;
+    target.greet(&good).context("after all of them an honest one gets in")?;
     Ok(())
 }
 
@@ -266,22 +116,22 @@ fn a_handshake_that_proves_less_is_refused() -> Result<()> {
 fn a_key_exchange_policy_changes_without_a_restart() -> Result<()> {
     let target = Target::start()?;
     let mut session = target.local()?;
-    let classical = || Offer { groups: vec![kx_group::X25519], ..Offer::good(&target) };
-    target.counts("tls", || classical().refused(&target, &[AlertDescription::HandshakeFailure]))?;
+    let classical = Offer { groups: vec![kx_group::X25519], ..target.offer()? };
+    target.refuses(&classical, &[AlertDescription::HandshakeFailure])?;
 
     let file = target.daemon.socket.with_file_name("overlay.toml");
     let text = fs::read_to_string(&file)?;
     ensure!(text.contains("\"RequireHybrid\""), "{text}");
     fs::write(file.with_extension("new"), text.replace("RequireHybrid", "PreferHybrid"))?;
     fs::rename(file.with_extension("new"), &file)?;
-    wait::until_true("a classical handshake to be accepted", LIMIT, || Ok(classical().greet(&target).is_ok()))?;
-    Offer::good(&target).greet(&target)?;
+    wait::until_true("a classical handshake to be accepted", LIMIT, || Ok(target.greet(&classical).is_ok()))?;
+    target.greet(&target.offer()?)?;
     ensure!(session.start(3, &Open::Subscribe { topics: vec!["t".parse()?] }, target.token()?)? == 200);
     Ok(())
 }
 
 /// A leaf with the daemon's own identity, by a CA of somebody else's.
-fn foreign_leaf(folder: &std::path::Path) -> Result<(PathBuf, PathBuf)> {
+fn foreign_leaf(folder: &Path) -> Result<(PathBuf, PathBuf)> {
     use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PKCS_ED25519, SanType};
     let (ca_key, key) = (KeyPair::generate_for(&PKCS_ED25519)?, KeyPair::generate_for(&PKCS_ED25519)?);
     let mut ca = CertificateParams::default();
@@ -353,7 +203,7 @@ fn every_start_needs_its_own_token() -> Result<()> {
         ensure!(got == code, "token {n}: {got}, not {code}");
     }
     let message = record::Publish::Message("hello".into()).encode();
-    wire.send(&Frame::new(Flags::REQ, AppProto::PUBSUB, TenantId(0), 9, message))?;
+    wire.send(&request(9, Flags::default(), message))?;
     ensure!(
         wire.receive()?.is_some_and(|answer| answer.code == 200 && answer.payload.len() == 32),
         "accepted, and named"

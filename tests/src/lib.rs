@@ -5,10 +5,15 @@
 pub mod cases;
 pub mod cluster;
 pub mod control_plane;
+pub mod daemon;
 pub mod http;
 pub mod kubectl;
+pub mod oap;
 pub mod operator;
 pub mod process;
 pub mod programs;
 pub mod subscriber;
+#[cfg(test)]
+mod tables;
+pub mod trust;
 pub mod wait;

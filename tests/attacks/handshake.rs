@@ -1,0 +1,269 @@
+//! T1, T2, T4, T7, T10: what costs a daemon something before anybody has shown who they are.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use overlay_core::codec;
+use overlay_tests::oap::{Offer, TLS12_ONLY, hello};
+use overlay_tests::wait;
+use rustls::AlertDescription;
+use rustls::crypto::aws_lc_rs::kx_group;
+
+use crate::probe::Probe;
+use crate::target::{Target, scale};
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// Who shakes hands honestly.
+const HONEST: &str = "spiffe://overlay.test/ns/test/client/honest";
+
+/// Greets again and again from now on, a session each; says how often it was let in.
+struct Honest {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Result<usize>>,
+}
+
+impl Honest {
+    fn start(offer: Offer, address: SocketAddr) -> Self {
+        let stop = Arc::<AtomicBool>::default();
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            let mut greeted = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                offer.greet(address).with_context(|| format!("honest handshake {}", greeted + 1))?;
+                greeted += 1;
+            }
+            Ok(greeted)
+        });
+        Self { stop, thread }
+    }
+
+    /// Every one of them was let in.
+    fn finish(self) -> Result<usize> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow!("it panicked"))?
+    }
+}
+
+/// Whether the daemon has closed a connection that is expected to say nothing more.
+fn is_closed(stream: &mut TcpStream) -> Result<bool> {
+    stream.set_nonblocking(true)?;
+    let mut bytes = [0; 4096];
+    loop {
+        match stream.read(&mut bytes) {
+            Ok(0) => return Ok(true),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+            Err(_) => return Ok(true),
+        }
+    }
+}
+
+fn all_closed(streams: &mut [TcpStream]) -> Result<()> {
+    for stream in streams {
+        wait::until_true("the daemon to close it", LIMIT, || is_closed(stream))?;
+    }
+    Ok(())
+}
+
+/// T1, P-2: thousands of connections that say nothing, more of them all the time, and hellos a
+/// byte at a time. One deadline for the whole handshake ends them all, however they drip;
+/// honest handshakes beside them all succeed, each within that same deadline, or the daemon
+/// would have closed it.
+#[test]
+fn t1_silence_and_dripped_hellos_end_at_one_deadline() -> Result<()> {
+    let count = scale(5_000, 10_000);
+    let mut target = Target::start(|_| {})?;
+    let (probe, offer) = (Probe::start(&target)?, target.offer(HONEST)?);
+    let mut drip = offer.client_hello()?.into_iter();
+    let mut silent = Vec::with_capacity(count);
+    for _ in 0..count {
+        silent.push(TcpStream::connect(target.address)?);
+    }
+    let honest = Honest::start(offer, target.address);
+    let mut dripping = (0..100).map(|_| TcpStream::connect(target.address)).collect::<Result<Vec<_>, _>>()?;
+    // A byte each and one more silent connection a turn, until every dripping one is closed:
+    // a deadline a read would never come.
+    wait::until_true("hellos a byte at a time to be cut off", LIMIT, || {
+        silent.push(TcpStream::connect(target.address)?);
+        let Some(byte) = drip.next() else { return Err(anyhow!("a whole hello got through")) };
+        let mut open = false;
+        for stream in &mut dripping {
+            open |= !is_closed(stream)? && stream.write_all(&[byte]).is_ok();
+        }
+        Ok(!open)
+    })?;
+    all_closed(&mut silent)?;
+    let greeted = honest.finish()?;
+    ensure!(greeted > 0);
+    println!("t1: {greeted} honest handshakes succeeded beside {} silent connections", silent.len());
+    target.until_connections(1)?;
+    probe.finish("t1")?;
+    target.assert_alive()
+}
+
+/// T2: a hello and then close_notify (an acceptor that asked such a connection for more spun
+/// for ever): closed, and afterwards the daemon is as idle as it was before.
+#[test]
+fn t2_a_hello_and_then_goodbye_leaves_it_idle() -> Result<()> {
+    const WINDOW: Duration = Duration::from_secs(1);
+    let mut target = Target::start(|_| {})?;
+    let mut bytes = target.offer(HONEST)?.client_hello()?;
+    bytes.extend([21, 3, 3, 0, 2, 1, 0]);
+    let busy = || -> Result<Duration> {
+        let before = target.processor_time()?;
+        wait::throughout("the daemon to run", WINDOW, || Ok(true))?;
+        Ok(target.processor_time()? - before)
+    };
+    let before = busy()?;
+    for _ in 0..scale(20, 1_000) {
+        let mut streams = Vec::new();
+        for _ in 0..100 {
+            let mut stream = TcpStream::connect(target.address)?;
+            stream.write_all(&bytes)?;
+            streams.push(stream);
+        }
+        all_closed(&mut streams)?;
+    }
+    target.until_connections(0)?;
+    let after = busy()?;
+    println!("t2: {before:?} of processor time in {WINDOW:?} before, {after:?} after");
+    ensure!(after <= before + WINDOW / 10, "it is not idle: {after:?} in {WINDOW:?}");
+    target.assert_alive()
+}
+
+/// T4, I-11, G-10: with hybrid required, an X25519-only hello gets an alert and is counted; so
+/// are TLS 1.2, no ALPN and another's ALPN. No group is a way in.
+#[test]
+fn t4_less_than_hybrid_tls13_and_alpn_is_refused() -> Result<()> {
+    use AlertDescription as Alert;
+    let mut target = Target::start(|_| {})?;
+    let good = target.offer(HONEST)?;
+    let counted = |alerts: &[Alert], offer: Offer| -> Result<()> {
+        let (tls, opened) = (target.rejected("tls")?, target.metric("session_open_total")?);
+        offer.refused(target.address, alerts)?;
+        wait::until_true("the refusal to be counted", LIMIT, || Ok(target.rejected("tls")? == tls + 1.0))?;
+        ensure!(target.metric("session_open_total")? == opened);
+        Ok(())
+    };
+    for group in [kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1, kx_group::MLKEM768] {
+        counted(&[Alert::HandshakeFailure], Offer { groups: vec![group], ..good.clone() })
+            .with_context(|| format!("{group:?}"))?;
+    }
+    let old = Offer { versions: &TLS12_ONLY, groups: vec![kx_group::X25519], ..good.clone() };
+    counted(&[Alert::ProtocolVersion, Alert::HandshakeFailure], old)?;
+    for alpn in [vec![], vec![b"h2".to_vec()]] {
+        // Which alert, if any, is the daemon's choice; that nobody gets in is not.
+        let (tls, offer) = (target.rejected("tls")?, Offer { alpn, ..good.clone() });
+        ensure!(offer.greet(target.address).is_err(), "let in with ALPN {:?}", offer.alpn);
+        wait::until_true("the refusal to be counted", LIMIT, || Ok(target.rejected("tls")? == tls + 1.0))?;
+    }
+    good.greet(target.address)?;
+    target.assert_alive()
+}
+
+/// Hellos that got the daemon's: its half of the key exchange is done.
+fn answered(streams: &[TcpStream]) -> Result<usize> {
+    const HANDSHAKE_RECORD: u8 = 22;
+    let mut answered = 0;
+    for stream in streams {
+        stream.set_nonblocking(true)?;
+        let mut first = [0];
+        answered += usize::from(matches!(stream.peek(&mut first), Ok(1)) && first[0] == HANDSHAKE_RECORD);
+    }
+    Ok(answered)
+}
+
+/// T7, H: of handshakes offered in mass a bounded number is worked on at a time; those past it
+/// wait or are refused, and sessions that are there notice nothing.
+#[test]
+fn t7_handshakes_in_mass_are_taken_a_few_at_a_time() -> Result<()> {
+    const AT_ONCE: usize = 16;
+    let count = scale(1_000, 10_000);
+    let mut target = Target::start(|config| {
+        config.overlay.max_handshakes_in_flight = AT_ONCE as u32;
+        // Nobody's is over before all are offered.
+        config.overlay.handshake_timeout_ms = scale(30_000, 300_000) as u64;
+    })?;
+    let probe = Probe::start(&target)?;
+    let bytes = target.offer(HONEST)?.client_hello()?;
+    let mut streams = Vec::with_capacity(count);
+    for _ in 0..count {
+        let mut stream = TcpStream::connect(target.address)?;
+        // One that was refused at once may be gone by now.
+        let _ = stream.write_all(&bytes);
+        streams.push(stream);
+    }
+    wait::until_true("as many to be answered as may be in flight", LIMIT, || Ok(answered(&streams)? >= AT_ONCE))?;
+    wait::throughout("no more than that", Duration::from_secs(1), || Ok(answered(&streams)? == AT_ONCE))?;
+    println!("t7: {AT_ONCE} of {count} hellos are answered");
+    drop(streams);
+    target.until_connections(1)?;
+    target.offer(HONEST)?.greet(target.address).context("an honest handshake afterwards")?;
+    probe.finish("t7")?;
+    target.assert_alive()
+}
+
+/// T10: no early data is taken. The daemon gives no ticket that it could be sent with, and
+/// bytes that come ahead of the handshake, announced as early data or not, open nothing.
+#[test]
+fn t10_early_data_opens_nothing() -> Result<()> {
+    let mut target = Target::start(|_| {})?;
+    let offer = target.offer(HONEST)?;
+    let mut config = offer.config()?;
+    config.enable_early_data = true;
+    let config = Arc::new(config);
+    for _ in 0..2 {
+        let mut wire = overlay_tests::oap::connect(Arc::clone(&config), target.address)?;
+        ensure!(wire.stream.conn.early_data().is_none(), "a ticket from before offers early data");
+        wire.hello()?;
+        ensure!(wire.stream.conn.handshake_kind() == Some(rustls::HandshakeKind::Full));
+        ensure!(wire.stream.conn.tls13_tickets_received() == 0, "it gave a ticket");
+        ensure!(!wire.stream.conn.is_early_data_accepted());
+    }
+    target.until_connections(0)?;
+
+    let opened = target.metric("session_open_total")?;
+    let plain = offer.client_hello()?;
+    let oap = codec::encoded(&hello())?;
+    let mut record = vec![23, 3, 3];
+    record.extend(u16::try_from(oap.len())?.to_be_bytes());
+    record.extend(&oap);
+    for announced in [false, true] {
+        let mut bytes = if announced { with_extension(&plain, 42)? } else { plain.clone() };
+        for _ in 0..20 {
+            bytes.extend(&record);
+        }
+        let mut stream = TcpStream::connect(target.address)?;
+        stream.write_all(&bytes)?;
+        wait::until_true("it to be closed", LIMIT, || is_closed(&mut stream))?;
+    }
+    target.until_connections(0)?;
+    ensure!(target.metric("session_open_total")? == opened, "early data opened a session");
+    offer.greet(target.address)?;
+    target.assert_alive()
+}
+
+/// A ClientHello in one record, with an empty extension more.
+fn with_extension(hello: &[u8], number: u16) -> Result<Vec<u8>> {
+    // Record header 5, handshake header 4, version 2, random 32, then session id, cipher
+    // suites, compression methods, extensions, each behind its length.
+    let mut at = 5 + 4 + 2 + 32;
+    at += 1 + usize::from(hello[at]);
+    at += 2 + usize::from(u16::from_be_bytes([hello[at], hello[at + 1]]));
+    at += 1 + usize::from(hello[at]);
+    let mut out = hello.to_vec();
+    for length in [3, 7, at] {
+        let longer = u16::from_be_bytes([out[length], out[length + 1]]) + 4;
+        out[length..length + 2].copy_from_slice(&longer.to_be_bytes());
+    }
+    // In front of the others: a pre_shared_key would have to be the last.
+    let extension = [&number.to_be_bytes()[..], &[0, 0]].concat();
+    out.splice(at + 2..at + 2, extension);
+    ensure!(usize::from(u16::from_be_bytes([out[3], out[4]])) + 5 == out.len(), "one record");
+    Ok(out)
+}

@@ -1,0 +1,181 @@
+//! S1 to S4: sessions and connections that take and do not give: slow readers, half-closed
+//! ones, more than there are descriptors, and ones that go as soon as they came.
+
+use std::io::Read;
+use std::net::{Shutdown, TcpStream};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use bytes::Bytes;
+use overlay_core::control::Open;
+use overlay_core::frame::Flags;
+use overlay_core::record::{Publish, Record};
+use overlay_tests::daemon::Daemon;
+use overlay_tests::oap::{Offer, Tls, Wire, connect, hello, request};
+use overlay_tests::wait::{self, Look};
+use rustix::net::sockopt::set_socket_recv_buffer_size;
+
+use crate::probe::Probe;
+use crate::target::{Target, scale};
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// Whoever is not the probe.
+const CLIENT: &str = "spiffe://overlay.test/ns/test/client/other";
+
+/// A session that subscribes to `topic`, by TLS.
+fn subscribed(daemon: &Daemon, offer: &Offer, topic: &str) -> Result<Tls> {
+    let mut wire = offer.connect(daemon.address)?;
+    // Little room for what it does not read, so that it is soon full.
+    set_socket_recv_buffer_size(&wire.stream.sock, 16 * 1024)?;
+    wire.hello()?;
+    let code = wire.start(3, &Open::Subscribe { topics: vec![topic.parse()?] }, daemon.token(CLIENT)?)?;
+    ensure!(code == 200, "the subscription got {code}");
+    Ok(wire)
+}
+
+/// Reads until the message that says that it is the last; how many came, and how many are said
+/// to be missing.
+fn read_all(mut wire: Tls) -> JoinHandle<Result<(usize, usize)>> {
+    thread::spawn(move || {
+        let (mut came, mut missed) = (0, 0);
+        loop {
+            let frame = wire.receive()?.context("a healthy subscriber was dropped")?;
+            match Record::decode(frame.payload).context("not a record")? {
+                Record::Message { payload, .. } if payload.is_empty() => return Ok((came, missed)),
+                Record::Message { .. } => came += 1,
+                Record::Gap { missed: more } => missed += more as usize,
+                other => bail!("{other:?}"),
+            }
+        }
+    })
+}
+
+/// S1, I-2, I-5: some subscribers stop reading, some read a byte now and then: the deadline for
+/// bytes to leave drops them, however much they read, and the healthy get everything.
+#[test]
+fn s1_slow_readers_are_dropped_and_the_healthy_keep_all() -> Result<()> {
+    let (healthy, slow, messages) = (scale(9, 900), scale(3, 100), 120);
+    let mut target = Target::start(|config| {
+        config.overlay.write_timeout_ms = 1_000;
+        config.gossip.lane_depth_frames = 4_096;
+    })?;
+    let (probe, offer) = (Probe::start(&target)?, target.offer(CLIENT)?);
+    let timeouts = target.rejected("timeout")?;
+    let mut stopped = Vec::new();
+    let mut trickling = Vec::new();
+    for n in 0..slow {
+        if n % 2 == 0 { &mut stopped } else { &mut trickling }.push(subscribed(&target, &offer, "bulk")?);
+    }
+    let readers =
+        (0..healthy).map(|_| subscribed(&target, &offer, "bulk").map(read_all)).collect::<Result<Vec<_>>>()?;
+
+    let mut publisher = Wire::local(&target.socket())?;
+    let open = Open::Publish { topic: "bulk".parse()? };
+    ensure!(publisher.start(3, &open, target.local_token()?)? == 200);
+    let mut publish = |bytes: usize| -> Result<()> {
+        let message = Publish::Message(Bytes::from(vec![7; bytes])).encode();
+        publisher.send(&request(3, Flags::default(), message))?;
+        let code = publisher.receive()?.context("the publisher was dropped")?.code;
+        ensure!(code == 200, "a message got {code}");
+        Ok(())
+    };
+    for _ in 0..messages {
+        publish(60_000)?;
+        for wire in &mut trickling {
+            // Of the socket, not of TLS: a byte a turn, whatever it is.
+            let _ = wire.stream.sock.read(&mut [0]);
+        }
+    }
+    wait::until("the slow ones to be dropped", LIMIT, || {
+        for wire in &mut trickling {
+            wire.stream.sock.set_nonblocking(true)?;
+            let _ = wire.stream.sock.read(&mut [0]);
+        }
+        let dropped = target.rejected("timeout")? - timeouts;
+        Ok(if dropped == slow as f64 { Look::Holds(()) } else { Look::NotYet(format!("{dropped} were")) })
+    })?;
+    // The probe, the publisher, the healthy.
+    target.until_connections(2 + healthy)?;
+    publish(0)?;
+    for reader in readers {
+        let (came, missed) = reader.join().map_err(|_| anyhow!("a reader panicked"))??;
+        ensure!((came, missed) == (messages, 0), "a healthy one got {came} of {messages}, {missed} said to be missing");
+    }
+    println!("s1: {slow} slow readers dropped, {healthy} healthy ones got all {messages} messages of 60,000 bytes");
+    drop(stopped);
+    probe.finish("s1")?;
+    target.assert_alive()
+}
+
+/// S2, I-2: a FIN without reading, a HELLO and then silence, and a handshake and then nothing:
+/// each descriptor is given back, by the other side's FIN or by a deadline.
+#[test]
+fn s2_half_closed_and_silent_sessions_give_their_descriptors_back() -> Result<()> {
+    let count = scale(20, 500);
+    let mut target = Target::start(|config| {
+        config.overlay.idle_timeout_ms = 1_000;
+        config.overlay.handshake_timeout_ms = 2_000;
+    })?;
+    let (probe, offer) = (Probe::start(&target)?, target.offer(CLIENT)?);
+    let mut held = Vec::new();
+    for _ in 0..count {
+        // FIN, and never a read.
+        let wire = subscribed(&target, &offer, "probe")?;
+        wire.stream.sock.shutdown(Shutdown::Write)?;
+        held.push(wire);
+        // Silence after HELLO, and after a subscription to nothing.
+        held.push(offer.greet(target.address)?.0);
+        held.push(subscribed(&target, &offer, "nothing")?);
+        // TLS, and no HELLO.
+        let mut wire = offer.connect(target.address)?;
+        wire.stream.conn.complete_io(&mut wire.stream.sock)?;
+        held.push(wire);
+    }
+    target.until_connections(1)?;
+    println!("s2: {} half-closed and silent sessions gave their descriptors back", held.len());
+    probe.finish("s2")?;
+    target.assert_alive()
+}
+
+/// S4: connections that go at once, at every stage, leave no descriptor, no session and no
+/// series behind; and what a second round leaves in memory is what the first left.
+#[test]
+fn s4_connect_and_close_leaves_nothing() -> Result<()> {
+    let (bare, handshakes) = (scale(2_000, 900_000), scale(200, 50_000));
+    let mut target = Target::start(|_| {})?;
+    let probe = Probe::start(&target)?;
+    let offer = target.offer(CLIENT)?;
+    let (config, hello_bytes) = (std::sync::Arc::new(offer.config()?), offer.client_hello()?);
+    let series = target.series()?;
+    let mut resident = Vec::new();
+    for _ in 0..2 {
+        for n in 0..bare {
+            let mut stream = TcpStream::connect(target.address)?;
+            if n % 2 == 0 {
+                std::io::Write::write_all(&mut stream, &hello_bytes[..n % hello_bytes.len()])?;
+            }
+        }
+        for n in 0..handshakes {
+            let mut wire = connect(std::sync::Arc::clone(&config), target.address)?;
+            match n % 3 {
+                0 => drop(wire.hello()?),
+                // Gone before the answer.
+                1 => wire.send(&hello())?,
+                _ => drop(wire.stream.conn.complete_io(&mut wire.stream.sock)?),
+            }
+            drop(Wire::local(&target.socket())?);
+        }
+        target.until_connections(1)?;
+        resident.push(target.resident_kib()?);
+    }
+    wait::until_true("as many sessions closed as opened, but one", LIMIT, || {
+        Ok(target.metric("session_open_total")? == target.metric("session_close_total")? + 1.0)
+    })?;
+    ensure!(target.metric("overlay_sessions_active")? == 1.0);
+    ensure!(target.series()? == series, "{} series, not {series}", target.series()?);
+    println!("s4: {} connections; KiB resident after each half {resident:?}", 2 * (bare + 2 * handshakes));
+    ensure!(resident[1] as f64 <= resident[0] as f64 * 1.05, "the second half leaves more: {resident:?}");
+    probe.finish("s4")?;
+    target.assert_alive()
+}

@@ -1,0 +1,54 @@
+//! What a row attacks, one at a time: they would disturb each other's measurements.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use anyhow::Result;
+use overlay_core::config::DaemonConfig;
+use overlay_tests::daemon::{Daemon, raise_descriptors};
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// A daemon, and the right to attack.
+pub(crate) struct Target {
+    daemon: Daemon,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Target {
+    /// A daemon whose caps do not stand in an attack's way; `change` says which the row is about.
+    pub(crate) fn start(change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+        Self::start_under(&[], change)
+    }
+
+    /// The same under limits: options of prlimit(1).
+    pub(crate) fn start_under(limits: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+        // A test that failed has let go of what it held.
+        let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        raise_descriptors()?;
+        let daemon = Daemon::start_under(limits, |config| {
+            // What the probe published would be memory that grows for two minutes.
+            config.gossip.dedupe_window_ms = 2_000;
+            change(config);
+        })?;
+        Ok(Self { daemon, _alone: alone })
+    }
+}
+
+impl Deref for Target {
+    type Target = Daemon;
+    fn deref(&self) -> &Daemon {
+        &self.daemon
+    }
+}
+
+impl DerefMut for Target {
+    fn deref_mut(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+}
+
+/// How much of an attack: `full` in a soak, else what fits beside the other tests.
+pub(crate) fn scale(short: usize, full: usize) -> usize {
+    if std::env::var_os("OVERLAY_SOAK").is_some() { full } else { short }
+}

@@ -1,0 +1,266 @@
+//! One real daemon with a configuration of the test's own, and what can be seen of it from
+//! outside: its admin HTTP, its log, its connections, its memory, its processor time.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use overlay_core::config::{self, DaemonConfig, PeersConfig, Profile};
+use overlay_core::grant::LOCAL_HOLDER;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::oap::Offer;
+use crate::process::Process;
+use crate::trust::{Authority, NODE};
+use crate::wait::{self, Look};
+use crate::{http, programs};
+
+/// For anything that is expected to happen.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// A daemon that runs.
+pub struct Daemon {
+    // Before the folder: stopped before its files go.
+    /// The process.
+    pub process: Process,
+    folder: TempDir,
+    /// Whom it believes.
+    pub authority: Arc<Authority>,
+    /// Its TLS listener.
+    pub address: SocketAddr,
+    /// Its admin HTTP.
+    pub admin: SocketAddr,
+}
+
+impl Daemon {
+    /// Starts one, with what `change` makes of the defaults of a Macronode. It is ready.
+    ///
+    /// # Errors
+    /// It does not start, with its log.
+    pub fn start(change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+        Self::start_under(&[], change)
+    }
+
+    /// The same under limits: options of prlimit(1).
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_under(limits: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("overlay-daemon-").tempdir_in("/dev/shm")?;
+        let authority = Arc::new(Authority::new()?);
+        let config = write(folder.path(), &authority, change)?;
+        let daemon = programs::built("overlay-daemon")?;
+        let program = if limits.is_empty() { daemon.clone() } else { PathBuf::from("prlimit") };
+        let mut process = Process::start("overlay-daemon", &program, &folder.path().join("log"), |command| {
+            if !limits.is_empty() {
+                command.args(limits).arg("--").arg(&daemon);
+            }
+            command.arg("run").arg("--config").arg(config).arg("--peers").arg(folder.path().join("peers.toml"));
+        })?;
+        let said = wait::until("the daemon to listen", LIMIT, || {
+            process.check()?;
+            let lines = process.log();
+            let said = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            let mut said = said.filter(|line| line["message"] == "listening");
+            Ok(said.next().map_or_else(|| Look::NotYet(process.log_tail()), Look::Holds))
+        })?;
+        let address = |name: &str| -> Result<SocketAddr> {
+            Ok(said[name].as_str().with_context(|| format!("no {name} in {said}"))?.parse()?)
+        };
+        let (address, admin) = (address("address")?, address("admin")?);
+        let daemon = Self { process, folder, authority, address, admin };
+        wait::until_true("the daemon to be ready", LIMIT, || Ok(daemon.is_ready()))?;
+        Ok(daemon)
+    }
+
+    /// Its Unix socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("socket")
+    }
+
+    /// What `sub` may offer: a leaf of its own.
+    ///
+    /// # Errors
+    /// The id is no URI.
+    pub fn offer(&self, id: &str) -> Result<Offer> {
+        Offer::honest(self.authority.ca_der(), self.authority.leaf(id)?)
+    }
+
+    /// A token that allows a Unix-socket client everything.
+    ///
+    /// # Errors
+    /// None in practice.
+    pub fn local_token(&self) -> Result<Bytes> {
+        self.token(LOCAL_HOLDER)
+    }
+
+    /// A token that allows `sub` everything.
+    ///
+    /// # Errors
+    /// None in practice.
+    pub fn token(&self, sub: &str) -> Result<Bytes> {
+        self.authority.token(&Authority::claims(sub)?)
+    }
+
+    /// **P**: the process is there and answers, and nothing in it panicked.
+    ///
+    /// # Errors
+    /// It is not so.
+    pub fn assert_alive(&mut self) -> Result<()> {
+        self.process.check()?;
+        let log = self.process.log();
+        for word in ["panicked at", "a task that never ends", "overflow"] {
+            ensure!(!log.contains(word), "the daemon's log says {word:?}:\n{}", self.process.log_tail());
+        }
+        ensure!(http::get(self.admin, "/healthz")?.status == 200, "/healthz");
+        Ok(())
+    }
+
+    /// Whether `/readyz` answers 200.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        http::get(self.admin, "/readyz").is_ok_and(|answer| answer.status == 200)
+    }
+
+    /// The exposition.
+    ///
+    /// # Errors
+    /// Admin HTTP does not answer.
+    pub fn metrics(&self) -> Result<String> {
+        Ok(http::get(self.admin, "/metrics")?.body)
+    }
+
+    /// One metric, summed over its labels.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn metric(&self, name: &str) -> Result<f64> {
+        http::metric_sum(&self.metrics()?, name).with_context(|| format!("no metric {name}"))
+    }
+
+    /// What was refused for `reason`.
+    ///
+    /// # Errors
+    /// There is no such series.
+    pub fn rejected(&self, reason: &str) -> Result<f64> {
+        let metrics = self.metrics()?;
+        let label = format!("reason=\"{reason}\"");
+        let line = metrics.lines().find(|line| line.starts_with("overlay_rejected_total{") && line.contains(&label));
+        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).with_context(|| format!("no {label} in /metrics"))
+    }
+
+    /// Series of the exposition.
+    ///
+    /// # Errors
+    /// Admin HTTP does not answer.
+    pub fn series(&self) -> Result<usize> {
+        Ok(self.metrics()?.lines().filter(|line| !line.starts_with('#') && !line.is_empty()).count())
+    }
+
+    /// KiB of memory resident.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn resident_kib(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
+    }
+
+    /// Processor time of all threads that it has.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn processor_time(&self) -> Result<Duration> {
+        let mut nanoseconds = 0;
+        for task in fs::read_dir(format!("/proc/{}/task", self.process.id()))? {
+            let text = fs::read_to_string(task?.path().join("schedstat"))?;
+            nanoseconds += text.split(' ').next().unwrap_or_default().parse::<u64>()?;
+        }
+        Ok(Duration::from_nanos(nanoseconds))
+    }
+
+    /// Connections that it has accepted and not closed, of TCP and of the Unix socket, as the
+    /// kernel lists them: `/proc/PID/fd` is closed to others where a process is not dumpable.
+    ///
+    /// # Errors
+    /// The kernel's lists cannot be read.
+    pub fn connections(&self) -> Result<usize> {
+        let listens = format!(":{:04X}", self.address.port());
+        let tcp = fs::read_to_string("/proc/net/tcp")?;
+        let tcp = tcp.lines().skip(1).filter(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            // local_address, st (0A listens), inode (0 while no process has it)
+            fields.len() > 9 && fields[1].ends_with(&listens) && fields[3] != "0A" && fields[9] != "0"
+        });
+        let socket = self.socket();
+        let socket = socket.to_string_lossy();
+        let unix = fs::read_to_string("/proc/net/unix")?;
+        let unix = unix.lines().skip(1).filter(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            // Flags (00010000 listens), inode, path
+            fields.len() > 7 && fields[7] == socket && fields[3] != "00010000" && fields[6] != "0"
+        });
+        Ok(tcp.count() + unix.count())
+    }
+
+    /// Waits until it holds `count` connections.
+    ///
+    /// # Errors
+    /// It does not come to that.
+    pub fn until_connections(&self, count: usize) -> Result<()> {
+        wait::until(&format!("the daemon to hold {count} connections"), 2 * LIMIT, || {
+            let held = self.connections()?;
+            Ok(if held == count { Look::Holds(()) } else { Look::NotYet(format!("it holds {held}")) })
+        })
+    }
+}
+
+/// Writes the daemon's files; the path of the first.
+fn write(folder: &Path, authority: &Authority, change: impl FnOnce(&mut DaemonConfig)) -> Result<PathBuf> {
+    let (certificate, key) = authority.leaf_pem(NODE)?;
+    let peer = authority.token(&Authority::claims(NODE)?)?;
+    for (name, text) in [
+        ("tls.crt", certificate.as_bytes()),
+        ("tls.key", key.as_bytes()),
+        ("ca.crt", authority.ca_pem().as_bytes()),
+        ("keys.json", authority.jwks().as_bytes()),
+        ("peer", &peer),
+    ] {
+        fs::write(folder.join(name), text)?;
+    }
+    let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+    let tls = config::Tls {
+        certificate: folder.join("tls.crt"),
+        key: folder.join("tls.key"),
+        ca: folder.join("ca.crt"),
+        key_exchange: config::KeyExchange::RequireHybrid,
+    };
+    let token = config::Token { keys: folder.join("keys.json"), file: folder.join("peer") };
+    let socket = folder.join("socket");
+    let mut config = DaemonConfig::with_defaults(Profile::Macronode, loopback, loopback, tls, token, socket);
+    config.drain = config::Drain { delay_ms: 0, timeout_ms: 5_000 };
+    change(&mut config);
+    let peers = PeersConfig { format: config::FORMAT, name: "target".to_owned(), peers: Vec::new() };
+    fs::write(folder.join("peers.toml"), peers.to_toml()?)?;
+    fs::write(folder.join("overlay.toml"), config.to_toml()?)?;
+    Ok(folder.join("overlay.toml"))
+}
+
+/// Lets this process and the daemons that it starts from now on have as many descriptors as
+/// the system allows; says how many.
+///
+/// # Errors
+/// The system refuses what it allows.
+pub fn raise_descriptors() -> Result<u64> {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?;
+    Ok(limit.maximum.unwrap_or(u64::MAX))
+}

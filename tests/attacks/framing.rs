@@ -1,14 +1,184 @@
-//! F7: frames that cost the daemon more than who sends them.
+//! F1, F6, F7: frames that cost the daemon more than who sends them.
 
-use anyhow::{Context, Result, ensure};
-use bytes::Bytes;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use bytes::{Bytes, BytesMut};
+use overlay_core::codec;
 use overlay_core::control::Open;
-use overlay_core::frame::{CHUNK, Flags, MAX_BODY};
+use overlay_core::frame::{AppProto, CHUNK, Flags, Frame, MAX_BODY};
+use overlay_core::identity::TenantId;
 use overlay_core::record::{Piece, Publish};
-use overlay_tests::oap::{Wire, request};
+use overlay_tests::oap::{Wire, request, start};
+use overlay_tests::wait::now;
 
 use crate::probe::Probe;
-use crate::target::Target;
+use crate::target::{Target, scale};
+
+/// A header of a frame of 1 MiB, REQ on stream 3.
+const CLAIM: [u8; 38] = {
+    let mut header = [0; 38];
+    header[1] = 0x10; // len
+    header[5] = 1; // ver
+    header[7] = 1; // flags
+    header[11] = 1; // app_proto_id
+    header[37] = 3; // corr_id
+    header
+};
+
+/// F1, I-3, M: a header that claims 1 MiB makes nobody allocate 1 MiB. What each connection
+/// costs is at most 64 KiB, it is cut when the frame's time is over, and what a second wave
+/// adds to the first is nothing.
+#[test]
+fn f1_claimed_lengths_are_not_allocated() -> Result<()> {
+    let count = scale(1_000, 10_000);
+    let mut target = Target::start(|config| {
+        config.overlay.max_sessions = 20_000;
+        // Long enough to hold all of them at once.
+        config.overlay.read_timeout_ms = scale(3_000, 20_000) as u64;
+        config.overlay.idle_timeout_ms = 60_000;
+    })?;
+    let probe = Probe::start(&target)?;
+    let base = target.resident_kib()?;
+    let mut after = Vec::new();
+    for _ in 0..2 {
+        let timeouts = target.rejected("timeout")?;
+        let mut held = Vec::with_capacity(count);
+        for _ in 0..count {
+            let mut wire = Wire::local(&target.socket())?;
+            wire.stream.write_all(&CLAIM)?;
+            held.push(wire);
+        }
+        let each = target.resident_kib()?.saturating_sub(base) as f64 / target.connections()? as f64;
+        println!("f1: {each:.1} KiB resident a connection that claims 1 MiB, {} held", target.connections()?);
+        ensure!(each <= 64.0, "{each} KiB");
+        target.until_connections(1)?;
+        ensure!(target.rejected("timeout")? == timeouts + count as f64, "each is counted once");
+        drop(held);
+        after.push(target.resident_kib()?);
+    }
+    println!("f1: KiB resident: {base} before, {after:?} after each wave");
+    ensure!(after[1] as f64 <= after[0] as f64 * 1.05, "a second wave leaves more than the first: {after:?}");
+    probe.finish("f1")?;
+    target.assert_alive()
+}
+
+/// What came of frames sent as fast as the daemon takes them, by somebody who reads every
+/// answer: who does not is cut off by a full lane at once.
+struct Flood {
+    sent: usize,
+    /// Answers with 200.
+    accepted: usize,
+    refused: usize,
+    /// The daemon closed before it had taken them all.
+    closed: bool,
+    lasted: Duration,
+}
+
+/// Sends `frames` again and again, `count` frames in all, on a session.
+fn flood(wire: Wire<UnixStream>, count: usize, mut frames: impl FnMut(u64) -> Vec<Frame>) -> Result<Flood> {
+    let begin = now();
+    let mut reading = wire.stream.try_clone()?;
+    let answers = thread::spawn(move || -> Result<(usize, usize, bool)> {
+        let (mut accepted, mut refused, mut read, mut chunk) = (0, 0, BytesMut::new(), [0; 64 * 1024]);
+        loop {
+            while let Some(frame) = codec::decode(&mut read)? {
+                *(if frame.code == 200 { &mut accepted } else { &mut refused }) += 1;
+            }
+            match reading.read(&mut chunk) {
+                Ok(n @ 1..) => read.extend_from_slice(&chunk[..n]),
+                // This side has shut down its own half, or the daemon closed.
+                Ok(0) | Err(_) => return Ok((accepted, refused, true)),
+            }
+        }
+    });
+    let mut writing = wire.stream.try_clone()?;
+    let (mut sent, mut round, mut gone) = (0, 0, false);
+    while sent < count && !gone {
+        let mut bytes = Vec::new();
+        for _ in 0..100 {
+            for frame in frames(round) {
+                bytes.extend(codec::encoded(&frame)?);
+                sent += 1;
+            }
+            round += 1;
+        }
+        gone = writing.write_all(&bytes).is_err();
+    }
+    let _ = writing.shutdown(std::net::Shutdown::Write);
+    let (accepted, refused, _) = answers.join().map_err(|_| anyhow!("the reader panicked"))??;
+    Ok(Flood { sent, accepted, refused, closed: gone, lasted: now() - begin })
+}
+
+/// F6, I-5: endless empty frames, of which none asks for anything, are throttled, and then the
+/// session is closed; whoever else is there gets what is theirs.
+#[test]
+fn f6_endless_empty_frames_are_throttled_and_closed() -> Result<()> {
+    let count = scale(300_000, 10_000_000);
+    let empty = |flags, corr_id| Frame::new(flags, AppProto::CONTROL, TenantId(0), corr_id, Bytes::new());
+    let mut target = Target::start(|_| {})?;
+    let probe = Probe::start(&target)?;
+    let open = Open::Publish { topic: "t".parse()? };
+    let token = target.local_token()?;
+    type Make = Box<dyn FnMut(u64) -> Vec<Frame> + Send>;
+    let kinds: [(&str, Make); 4] = [
+        ("pings", Box::new(move |n| vec![empty(Flags::REQ, 5 + 2 * n)])),
+        ("of no kind", Box::new(move |n| vec![empty(Flags::default(), 5 + 2 * n)])),
+        ("to a stream that ended", Box::new(|_| vec![request(3, Flags::default(), Bytes::new())])),
+        ("answers to nothing", Box::new(move |n| vec![empty(Flags::RESP, 4 + 2 * n)])),
+    ];
+    let mut floods = Vec::new();
+    for (what, frames) in kinds {
+        let mut wire = Wire::local(&target.socket())?;
+        ensure!(wire.start(3, &open, token.clone())? == 200);
+        wire.send(&request(3, Flags::END, Bytes::new()))?;
+        ensure!(wire.receive()?.is_some_and(|end| end.code == 200));
+        floods.push((what, thread::spawn(move || flood(wire, count, frames))));
+    }
+    for (what, thread) in floods {
+        let flood = thread.join().map_err(|_| anyhow!("{what}: a panic"))??;
+        println!(
+            "f6: {what}: {} sent of {count} in {:?}, {} answered with 200, {} refused",
+            flood.sent, flood.lasted, flood.accepted, flood.refused
+        );
+        ensure!(flood.closed, "{what}: all {count} were taken");
+    }
+    target.until_connections(1)?;
+    probe.finish("f6")?;
+    target.assert_alive()
+}
+
+/// F7, P-2 (rapid reset): streams begun and ended as fast as it goes are taken at the rate of
+/// requests, which says 429 to the rest, and then the session is closed.
+#[test]
+fn f7_streams_begun_and_ended_in_mass_are_capped_and_closed() -> Result<()> {
+    const RATE: u32 = 100;
+    let mut target = Target::start(|config| {
+        config.overlay.per_peer_rps = RATE;
+        config.overlay.per_peer_inflight = 32;
+    })?;
+    let probe = Probe::start(&target)?;
+    let (open, token) = (Open::Publish { topic: "t".parse()? }, target.local_token()?);
+    let wire = Wire::local(&target.socket())?;
+    let flood = flood(wire, scale(40_000, 1_000_000), |n| {
+        let corr_id = 3 + 2 * n;
+        vec![start(corr_id, &open, token.clone()), request(corr_id, Flags::END, Bytes::new())]
+    })?;
+    println!(
+        "f7: {} frames sent in {:?}, {} answered with 200, {} refused",
+        flood.sent, flood.lasted, flood.accepted, flood.refused
+    );
+    // An accepted START is answered, and so is its END.
+    let most = 2.0 * f64::from(RATE) * (flood.lasted.as_secs_f64() + 1.0);
+    ensure!(flood.accepted as f64 <= most, "{} were accepted in {:?}", flood.accepted, flood.lasted);
+    ensure!(flood.closed, "all were taken");
+    target.until_connections(1)?;
+    probe.finish("f7")?;
+    target.assert_alive()
+}
 
 /// F7, G-6: a stream that never ends is bounded in streams, bytes and time: the 257th open one
 /// is 429, bytes past what a message announced are 400, and a message whose next chunk does not

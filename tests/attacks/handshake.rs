@@ -1,4 +1,4 @@
-//! T1, T2, T4, T7, T10: what costs a daemon something before anybody has shown who they are.
+//! T1, T2, T4, T5, T7, T10: what costs a daemon something before anybody has shown who they are.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -10,9 +10,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use overlay_core::codec;
 use overlay_tests::oap::{Offer, TLS12_ONLY, hello};
+use overlay_tests::trust::{NODE, ca_params, leaf_params};
 use overlay_tests::wait;
-use rustls::AlertDescription;
+use rcgen::{
+    CertificateParams, Issuer, KeyPair, PKCS_ED25519, PKCS_RSA_SHA256, PublicKeyData, SanType, SignatureAlgorithm,
+};
 use rustls::crypto::aws_lc_rs::kx_group;
+use rustls::pki_types::CertificateDer;
+use rustls::sign::{CertifiedKey, Signer, SigningKey};
+use rustls::{AlertDescription, SignatureScheme};
 
 use crate::probe::Probe;
 use crate::target::{Target, scale};
@@ -161,6 +167,145 @@ fn t4_less_than_hybrid_tls13_and_alpn_is_refused() -> Result<()> {
         let (tls, offer) = (target.rejected("tls")?, Offer { alpn, ..good.clone() });
         ensure!(offer.greet(target.address).is_err(), "let in with ALPN {:?}", offer.alpn);
         wait::until_true("the refusal to be counted", LIMIT, || Ok(target.rejected("tls")? == tls + 1.0))?;
+    }
+    good.greet(target.address)?;
+    target.assert_alive()
+}
+
+/// A public key that nobody has the private half of.
+struct Rsa(Vec<u8>);
+
+impl Rsa {
+    /// PKCS #1: SEQUENCE { modulus, 65537 }.
+    fn of_bits(bits: usize) -> Self {
+        let mut modulus = vec![0xa5; bits / 8];
+        modulus[bits / 8 - 1] |= 1;
+        let mut body = der(0x02, &[&[0], &modulus[..]].concat());
+        body.extend(der(0x02, &[1, 0, 1]));
+        Self(der(0x30, &body))
+    }
+}
+
+fn der(tag: u8, content: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(content.len()).unwrap_or(u32::MAX).to_be_bytes();
+    let length = &length[length.iter().take_while(|byte| **byte == 0).count()..];
+    let mut out = vec![tag];
+    if content.len() >= 128 {
+        out.push(0x80 | length.len() as u8);
+    }
+    out.extend(length);
+    out.extend(content);
+    out
+}
+
+impl PublicKeyData for Rsa {
+    fn der_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    fn algorithm(&self) -> &'static SignatureAlgorithm {
+        &PKCS_RSA_SHA256
+    }
+}
+
+/// Signs with any RSA key, badly.
+#[derive(Debug)]
+struct Forger {
+    bytes: usize,
+}
+
+impl SigningKey for Forger {
+    fn choose_scheme(&self, _: &[SignatureScheme]) -> Option<Box<dyn Signer>> {
+        Some(Box::new(Self { bytes: self.bytes }))
+    }
+
+    fn algorithm(&self) -> rustls::SignatureAlgorithm {
+        rustls::SignatureAlgorithm::RSA
+    }
+}
+
+impl Signer for Forger {
+    fn sign(&self, _: &[u8]) -> Result<Vec<u8>, rustls::Error> {
+        Ok(vec![0x17; self.bytes])
+    }
+
+    fn scheme(&self) -> SignatureScheme {
+        SignatureScheme::RSA_PSS_SHA256
+    }
+}
+
+/// A chain as an attacker makes it: `length` authorities below a CA that calls itself what the
+/// real one is called, each with the same name, and a leaf.
+fn long_chain(length: usize) -> Result<Vec<CertificateDer<'static>>> {
+    let mut issuer = Issuer::new(ca_params(), KeyPair::generate_for(&PKCS_ED25519)?);
+    let mut chain = Vec::with_capacity(length + 1);
+    for _ in 0..length {
+        let key = KeyPair::generate_for(&PKCS_ED25519)?;
+        chain.push(ca_params().signed_by(&key, &issuer)?.der().clone());
+        issuer = Issuer::new(ca_params(), key);
+    }
+    let leaf = leaf_params(NODE)?.signed_by(&KeyPair::generate_for(&PKCS_ED25519)?, &issuer)?;
+    chain.push(leaf.der().clone());
+    chain.reverse();
+    Ok(chain)
+}
+
+/// T5: keys, chains and names made to be expensive, by strangers and by one whom the real CA
+/// certified: refused and counted, at about the processor time of an honest handshake.
+#[test]
+fn t5_expensive_certificates_are_refused_cheaply() -> Result<()> {
+    const EACH: usize = 20;
+    let mut target = Target::start(|_| {})?;
+    let good = target.offer(HONEST)?;
+    let honest_key = || Arc::clone(&good.certificate.as_ref().unwrap().key);
+    let with = |chain: Vec<CertificateDer<'static>>, key: Arc<dyn SigningKey>| Offer {
+        certificate: Some(Arc::new(CertifiedKey::new(chain, key))),
+        ..good.clone()
+    };
+    let names = |count: usize| -> Result<CertificateParams> {
+        let mut params = leaf_params(NODE)?;
+        for n in 0..count {
+            params.subject_alt_names.push(SanType::DnsName(format!("{n:x}").try_into()?));
+        }
+        Ok(params)
+    };
+    let rsa = |bits: usize| -> Result<Offer> {
+        let leaf = target.authority.issue(&leaf_params(HONEST)?, &Rsa::of_bits(bits))?;
+        Ok(with(vec![leaf.der().clone()], Arc::new(Forger { bytes: bits / 8 })))
+    };
+    let key = KeyPair::generate_for(&PKCS_ED25519)?;
+    let many = |count| -> Result<Offer> {
+        Ok(with(vec![target.authority.issue(&names(count)?, &key)?.der().clone()], honest_key()))
+    };
+    let attacks = [
+        ("an 8,192-bit RSA key of the CA's own client", rsa(8_192)?),
+        ("a 16,384-bit RSA key of the CA's own client", rsa(16_384)?),
+        ("a chain of 3", with(long_chain(3)?, honest_key())),
+        ("a chain of 10", with(long_chain(10)?, honest_key())),
+        ("a chain of 100", with(long_chain(100)?, honest_key())),
+        ("7,000 names, certified", many(7_000)?),
+        ("10,000 names, certified", many(10_000)?),
+    ];
+
+    let cost = |attempt: &dyn Fn() -> Result<()>| -> Result<f64> {
+        let before = target.processor_time()?;
+        for _ in 0..EACH {
+            attempt()?;
+        }
+        Ok((target.processor_time()? - before).as_secs_f64() / EACH as f64)
+    };
+    let honest = cost(&|| good.greet(target.address).map(drop))?;
+    println!("t5: an honest handshake takes {:.2} ms of processor time", honest * 1e3);
+    for (what, offer) in &attacks {
+        let counted = target.rejected("tls")?;
+        let each = cost(&|| {
+            ensure!(offer.greet(target.address).is_err(), "{what} was let in");
+            Ok(())
+        })?;
+        println!("t5: {what}: {:.2} ms, {:.2} times", each * 1e3, each / honest);
+        wait::until_true("each refusal to be counted", LIMIT, || Ok(target.rejected("tls")? == counted + EACH as f64))
+            .context(*what)?;
+        ensure!(each <= 5.0 * honest, "{what} costs {:.1} honest handshakes", each / honest);
     }
     good.greet(target.address)?;
     target.assert_alive()

@@ -12,8 +12,9 @@ use overlay_core::control::Open;
 use overlay_core::frame::Flags;
 use overlay_core::record::{Publish, Record};
 use overlay_tests::daemon::Daemon;
+use overlay_tests::http;
 use overlay_tests::oap::{Offer, Tls, Wire, connect, hello, request};
-use overlay_tests::wait::{self, Look};
+use overlay_tests::wait::{self, Look, now};
 use rustix::net::sockopt::set_socket_recv_buffer_size;
 
 use crate::probe::Probe;
@@ -135,6 +136,47 @@ fn s2_half_closed_and_silent_sessions_give_their_descriptors_back() -> Result<()
     target.until_connections(1)?;
     println!("s2: {} half-closed and silent sessions gave their descriptors back", held.len());
     probe.finish("s2")?;
+    target.assert_alive()
+}
+
+/// S3, I-6: with no descriptor left the daemon lives, answers admin HTTP, says that it is not
+/// ready, does not spin and does not fill its log; as soon as there are descriptors again, so
+/// is it. Sessions that are there notice nothing.
+#[test]
+fn s3_without_descriptors_it_is_live_and_not_ready() -> Result<()> {
+    const MOST_ERRORS_A_SECOND: f64 = 100.0;
+    let mut target = Target::start_under(&["--nofile=128:128"], |config| {
+        // The silent ones stay, until the test lets go of them.
+        config.overlay.handshake_timeout_ms = 120_000;
+    })?;
+    let probe = Probe::start(&target)?;
+    let log = target.process.log().lines().count();
+    let errors = target.metric("overlay_accept_errors_total")?;
+    let begin = now();
+    let mut held = Vec::new();
+    for _ in 0..scale(500, 1_000) {
+        // Past what waits to be accepted the system lets nobody in.
+        if let Ok(stream) = TcpStream::connect_timeout(&target.address, Duration::from_millis(5)) {
+            held.push(stream);
+        }
+    }
+    wait::until_true("it to say that it is not ready", LIMIT, || {
+        ensure!(http::get(target.admin, "/healthz")?.status == 200, "it is live");
+        Ok(!target.is_ready())
+    })?;
+    // At the rate that errors have, over a while of exhaustion.
+    wait::throughout("admin HTTP to answer", Duration::from_secs(3), || {
+        Ok(http::get(target.admin, "/healthz")?.status == 200)
+    })?;
+    let rate = (target.metric("overlay_accept_errors_total")? - errors) / (now() - begin).as_secs_f64();
+    let lines = target.process.log().lines().count() - log;
+    println!("s3: {} connections held open, {rate:.1} errors of accept a second, {lines} log lines", held.len());
+    ensure!(rate <= MOST_ERRORS_A_SECOND, "{rate} errors a second");
+    ensure!(lines <= 20, "{lines} lines:\n{}", target.process.log_tail());
+    drop(held);
+    wait::until_true("it to be ready again", LIMIT, || Ok(target.is_ready()))?;
+    target.offer(CLIENT)?.greet(target.address).context("an honest handshake afterwards")?;
+    probe.finish("s3")?;
     target.assert_alive()
 }
 

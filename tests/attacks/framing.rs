@@ -123,19 +123,23 @@ fn f6_endless_empty_frames_are_throttled_and_closed() -> Result<()> {
     let probe = Probe::start(&target)?;
     let open = Open::Publish { topic: "t".parse()? };
     let token = target.local_token()?;
-    type Make = Box<dyn FnMut(u64) -> Vec<Frame>>;
+    type Make = Box<dyn FnMut(u64) -> Vec<Frame> + Send>;
     let kinds: [(&str, Make); 4] = [
         ("pings", Box::new(move |n| vec![empty(Flags::REQ, 5 + 2 * n)])),
         ("of no kind", Box::new(move |n| vec![empty(Flags::default(), 5 + 2 * n)])),
         ("to a stream that ended", Box::new(|_| vec![request(3, Flags::default(), Bytes::new())])),
-        ("pongs that nobody asked for", Box::new(move |n| vec![empty(Flags::RESP, 4 + 2 * n)])),
+        ("answers to nothing", Box::new(move |n| vec![empty(Flags::RESP, 4 + 2 * n)])),
     ];
+    let mut floods = Vec::new();
     for (what, frames) in kinds {
         let mut wire = Wire::local(&target.socket())?;
         ensure!(wire.start(3, &open, token.clone())? == 200);
         wire.send(&request(3, Flags::END, Bytes::new()))?;
         ensure!(wire.receive()?.is_some_and(|end| end.code == 200));
-        let flood = flood(wire, count, frames)?;
+        floods.push((what, thread::spawn(move || flood(wire, count, frames))));
+    }
+    for (what, thread) in floods {
+        let flood = thread.join().map_err(|_| anyhow!("{what}: a panic"))??;
         println!(
             "f6: {what}: {} sent of {count} in {:?}, {} answered with 200, {} refused",
             flood.sent, flood.lasted, flood.accepted, flood.refused

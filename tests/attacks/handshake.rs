@@ -251,7 +251,7 @@ fn long_chain(length: usize) -> Result<Vec<CertificateDer<'static>>> {
 }
 
 /// T5: keys, chains and names made to be expensive, by strangers and by one whom the real CA
-/// certified: refused and counted, at a processor time that an honest handshake takes too.
+/// certified: refused and counted, at about the processor time of an honest handshake.
 #[test]
 fn t5_expensive_certificates_are_refused_cheaply() -> Result<()> {
     const EACH: usize = 20;
@@ -280,6 +280,7 @@ fn t5_expensive_certificates_are_refused_cheaply() -> Result<()> {
     let attacks = [
         ("an 8,192-bit RSA key of the CA's own client", rsa(8_192)?),
         ("a 16,384-bit RSA key of the CA's own client", rsa(16_384)?),
+        ("a chain of 3", with(long_chain(3)?, honest_key())),
         ("a chain of 10", with(long_chain(10)?, honest_key())),
         ("a chain of 100", with(long_chain(100)?, honest_key())),
         ("7,000 names, certified", many(7_000)?),
@@ -304,7 +305,7 @@ fn t5_expensive_certificates_are_refused_cheaply() -> Result<()> {
         println!("t5: {what}: {:.2} ms, {:.2} times", each * 1e3, each / honest);
         wait::until_true("each refusal to be counted", LIMIT, || Ok(target.rejected("tls")? == counted + EACH as f64))
             .context(*what)?;
-        ensure!(each <= 10.0 * honest, "{what} costs {:.1} honest handshakes", each / honest);
+        ensure!(each <= 5.0 * honest, "{what} costs {:.1} honest handshakes", each / honest);
     }
     good.greet(target.address)?;
     target.assert_alive()

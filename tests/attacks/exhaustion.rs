@@ -1,0 +1,142 @@
+//! M1: more than there is memory for, in every way that a session can hold some.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use overlay_core::codec;
+use overlay_core::control::Open;
+use overlay_core::frame::{CHUNK, Flags, MAX_BODY};
+use overlay_core::record::{Piece, Publish};
+use overlay_tests::oap::{Heard, Wire, request};
+use overlay_tests::{http, wait};
+
+use crate::target::{Target, scale};
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// What the daemon may hold for sessions, queues, uploads and messages.
+const BUDGET: u64 = 48 << 20;
+
+/// A session that publishes, or subscribes, to `t`.
+fn session(target: &Target, open: &Open) -> Result<Wire<UnixStream>> {
+    let mut wire = Wire::local(&target.socket())?;
+    let code = wire.start(3, open, target.local_token()?)?;
+    ensure!(code == 200, "the stream got {code}");
+    wire.stream.set_write_timeout(Some(Duration::from_secs(5)))?;
+    Ok(wire)
+}
+
+fn publish() -> Result<Open> {
+    Ok(Open::Publish { topic: "t".parse()? })
+}
+
+/// Waits until it is ready, and takes writes.
+fn recovered(target: &Target) -> Result<()> {
+    wait::until_true("it to be ready and to take writes", LIMIT, || {
+        Ok(target.is_ready() && session(target, &publish()?).is_ok())
+    })
+}
+
+/// The code that the next answer carries; none where the session ended.
+fn next_code(wire: &mut Wire<UnixStream>) -> Result<Option<u16>> {
+    Ok(match wire.poll()? {
+        Heard::Frame(frame) => Some(frame.code),
+        Heard::Closed => None,
+        Heard::Nothing => anyhow::bail!("no answer came"),
+    })
+}
+
+/// M1, I-5, I-6, P-2: uploads that would take many times the budget, frames that stop before
+/// their last byte, and queues that nobody empties: what is past the budget is refused,
+/// writes first; memory stays within the bound; who was there goes on being answered; and
+/// afterwards everything is as it was.
+#[test]
+fn m1_more_than_memory_is_refused_and_nothing_is_killed() -> Result<()> {
+    let count = scale(300, 10_000);
+    // Past this the system gives the process no more, and it would abort.
+    let limit = format!("--data={0}:{0}", 8 * BUDGET);
+    let mut target = Target::start_under(&[&limit], |config| {
+        config.overlay.memory_bytes = BUDGET;
+        config.gossip.store_bytes = 8 << 20;
+        config.overlay.max_sessions = 20_000;
+        config.overlay.rps = 1_000_000;
+        config.overlay.per_peer_rps = 1_000_000;
+        config.overlay.inflight = 100_000;
+        config.overlay.read_timeout_ms = 20_000;
+        config.overlay.write_timeout_ms = 20_000;
+        config.overlay.idle_timeout_ms = 120_000;
+    })?;
+    let base = target.resident_kib()?;
+    let log = target.process.log().lines().count();
+    let mut held = Vec::new();
+    let mut peak = base;
+
+    // Uploads: each of 1 MiB, a chunk short.
+    let begin = Publish::Begin { size: MAX_BODY as u32, hash: [7; 32] }.encode();
+    let mut refused = 0;
+    for _ in 0..count {
+        let Ok(mut wire) = session(&target, &publish()?) else {
+            refused += 1;
+            continue;
+        };
+        wire.send(&request(3, Flags::default(), begin.clone()))?;
+        for index in 0..15 {
+            let piece = Publish::Piece(Piece { hash: [7; 32], index, bytes: Bytes::from(vec![1; CHUNK]) });
+            // A session that is refused may be closed meanwhile.
+            let _ = wire.send(&request(3, Flags::default(), piece.encode()));
+        }
+        held.push(wire);
+        peak = peak.max(target.resident_kib()?);
+    }
+    println!("m1: {count} uploads of 1 MiB: KiB resident {base} before, {peak} at most; {refused} not begun");
+    ensure!(target.rejected("degraded")? > 0.0, "no write was shed");
+    ensure!(http::get(target.admin, "/healthz")?.status == 200, "it is live");
+    held.clear();
+    recovered(&target)?;
+
+    // Frames of 1 MiB, all but the last byte.
+    let piece = request(3, Flags::default(), Bytes::from(vec![1; (1 << 20) - 38]));
+    let bytes = codec::encoded(&piece)?;
+    for _ in 0..count {
+        let Ok(mut wire) = session(&target, &publish()?) else { continue };
+        let _ = wire.stream.write_all(&bytes[..bytes.len() - 1]);
+        held.push(wire);
+        peak = peak.max(target.resident_kib()?);
+    }
+    println!("m1: {count} frames of 1 MiB that stop: {peak} KiB at most");
+    held.clear();
+    recovered(&target)?;
+
+    // Queues that nobody empties.
+    let subscribe = Open::Subscribe { topics: vec!["t".parse()?] };
+    for _ in 0..count {
+        held.extend(session(&target, &subscribe).ok());
+    }
+    let mut publisher = session(&target, &publish()?)?;
+    let (mut accepted, mut shed) = (0, 0);
+    for _ in 0..2_000 {
+        let message = Publish::Message(Bytes::from(vec![1; 60_000])).encode();
+        publisher.send(&request(3, Flags::default(), message))?;
+        match next_code(&mut publisher)?.context("the publisher was dropped")? {
+            200 => accepted += 1,
+            503 => shed += 1,
+            code => anyhow::bail!("a message got {code}"),
+        }
+        if accepted % 100 == 0 {
+            peak = peak.max(target.resident_kib()?);
+        }
+    }
+    println!(
+        "m1: {} queues that nobody reads: {accepted} messages accepted, {shed} shed; {peak} KiB at most",
+        held.len()
+    );
+    let most = base + BUDGET / 1024 * 11 / 10;
+    ensure!(peak <= most, "{peak} KiB resident, more than {most}");
+    held.clear();
+    recovered(&target)?;
+    let lines = target.process.log().lines().count() - log;
+    ensure!(lines <= 40, "{lines} lines of log:\n{}", target.process.log_tail());
+    target.assert_alive()
+}

@@ -7,13 +7,14 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, RestrictionStatus, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetError, RulesetStatus,
 };
-use rustix::fs::statfs;
+use rustix::fs::fstatfs;
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 use rustix::thread::{CapabilitySet, capabilities};
@@ -50,7 +51,7 @@ pub enum ConfineError {
     Landlock(#[from] RulesetError),
     /// Landlock is not there, and was asked for.
     #[error(
-        "amnesia: this kernel has no Landlock (Linux 5.13 and newer, in its list of security modules), and --require-landlock was given"
+        "amnesia: this kernel's Landlock does not deny all writes (Linux 6.10 and newer, with landlock in its list of security modules), and --require-landlock was given"
     )]
     NoLandlock,
 }
@@ -156,11 +157,12 @@ fn keep_in_memory(amnesia: bool) -> Result<(), String> {
 /// not enforced, where it is not.
 fn forbid_writes(folder: &Path, required: bool) -> Result<Option<&'static str>, ConfineError> {
     let refused = |source| ConfineError::Folder { path: folder.to_owned(), source };
-    if !is_memory_backed(folder).map_err(refused)? {
+    // Opened once: what is looked at is what the rule is about.
+    let opened = PathFd::new(folder).map_err(|error| refused(io::Error::other(error)))?;
+    if !is_memory_backed(&opened).map_err(refused)? {
         return Err(ConfineError::NotInMemory(folder.to_owned()));
     }
-    let opened = PathFd::new(folder).map_err(|error| refused(io::Error::other(error)));
-    let sockets = PathBeneath::new(opened?, AccessFs::MakeSock | AccessFs::RemoveFile);
+    let sockets = PathBeneath::new(opened, AccessFs::MakeSock | AccessFs::RemoveFile);
     let RestrictionStatus { ruleset, .. } = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_write(LANDLOCK))?
@@ -169,9 +171,8 @@ fn forbid_writes(folder: &Path, required: bool) -> Result<Option<&'static str>, 
         .restrict_self()?;
     match ruleset {
         RulesetStatus::FullyEnforced => Ok(None),
-        // Truncating and device controls came later than writing.
-        RulesetStatus::PartiallyEnforced => Ok(None),
-        RulesetStatus::NotEnforced if required => Err(ConfineError::NoLandlock),
+        RulesetStatus::PartiallyEnforced | RulesetStatus::NotEnforced if required => Err(ConfineError::NoLandlock),
+        RulesetStatus::PartiallyEnforced => Ok(Some("its Landlock is older than Linux 6.10, and denies not all of it")),
         RulesetStatus::NotEnforced => Ok(Some("it has no Landlock (Linux 5.13 and newer)")),
     }
 }
@@ -180,9 +181,9 @@ fn folder_of(socket: &Path) -> &Path {
     socket.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-fn is_memory_backed(folder: &Path) -> io::Result<bool> {
+fn is_memory_backed(folder: impl AsFd) -> io::Result<bool> {
     // `f_type` is a word of either sign, by architecture; its lower 32 bits are the number.
-    Ok(MEMORY_BACKED.contains(&((statfs(folder)?.f_type as u64) & 0xffff_ffff)))
+    Ok(MEMORY_BACKED.contains(&((fstatfs(folder)?.f_type as u64) & 0xffff_ffff)))
 }
 
 #[cfg(test)]

@@ -42,7 +42,9 @@ pub fn start(config: &Observability, clock: Clock, suppressed: IntCounter) -> Re
     let limit = Limit { clock, places: Mutex::default(), suppressed };
     let lines = fmt::layer().with_writer(std::io::stderr);
     let lines = match config.log_format {
-        LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_filter(limit).boxed(),
+        LogFormat::Json => {
+            lines.json().flatten_event(true).with_current_span(true).with_span_list(false).with_filter(limit).boxed()
+        }
         LogFormat::Text => lines.with_ansi(false).with_filter(limit).boxed(),
     };
     registry().with(level).with(lines).try_init()?;

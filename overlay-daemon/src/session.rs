@@ -22,6 +22,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tracing::Instrument;
 
 use crate::clock::Clock;
 use crate::gate::Gate;
@@ -127,6 +128,7 @@ impl Context {
         let opening = Opening {
             holder: Holder::Certificate(connection.peer),
             dialled,
+            transport: "tcp+tls",
             group: connection.group.label(),
             handshake_ends: self.clock.millis(connection.deadline),
         };
@@ -162,7 +164,8 @@ impl Context {
     /// Holds a session with a local process.
     pub async fn hold_local(&self, connection: LocalConnection) {
         let handshake_ends = self.clock.millis(connection.deadline);
-        let opening = Opening { holder: Holder::Local, dialled: None, group: "none", handshake_ends };
+        let opening =
+            Opening { holder: Holder::Local, dialled: None, transport: "unix", group: "none", handshake_ends };
         self.run(connection.stream, opening, None, std::future::pending()).await;
         drop(connection.descriptor);
     }
@@ -181,9 +184,11 @@ impl Context {
             return;
         }
         let (read, write) = tokio::io::split(stream);
+        // What is logged on behalf of a session says which; who it is stands in `status`.
+        let span = tracing::info_span!("session", session = id.0);
         let mut tasks = JoinSet::new();
-        tasks.spawn(Reader { id, holder, gate, context: self.clone() }.run(read));
-        tasks.spawn(send_batches(id, write, batches, self.clone()));
+        tasks.spawn(Reader { id, holder, gate, context: self.clone() }.run(read).instrument(span.clone()));
+        tasks.spawn(send_batches(id, write, batches, self.clone()).instrument(span));
         tokio::select! {
             () = self.first_end(&mut tasks) => {}
             () = over => {}

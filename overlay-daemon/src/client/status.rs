@@ -74,6 +74,9 @@ pub struct SessionReport {
     pub state: String,
     /// Whether the daemon dialled: `in` or `out`.
     pub direction: String,
+    /// What carries it: `tcp+tls` or `unix`.
+    #[serde(default)]
+    pub transport: String,
     /// The key exchange: `hybrid`, `classical`, or `none` on the Unix socket.
     pub group: String,
     /// Milliseconds since it was opened.
@@ -165,6 +168,7 @@ fn table(report: &Report) -> String {
             session.peer.clone().unwrap_or_else(|| "-".to_owned()),
             session.state.clone(),
             session.direction.clone(),
+            session.transport.clone(),
             session.group.clone(),
             age(session.age_ms),
             age(session.idle_ms),
@@ -173,7 +177,20 @@ fn table(report: &Report) -> String {
             session.identity.clone(),
         ]
     });
-    let names = ["SESSION", "KIND", "PEER", "STATE", "DIR", "GROUP", "AGE", "IDLE", "QUEUED", "STREAMS", "IDENTITY"];
+    let names = [
+        "SESSION",
+        "KIND",
+        "PEER",
+        "STATE",
+        "DIR",
+        "TRANSPORT",
+        "GROUP",
+        "AGE",
+        "IDLE",
+        "QUEUED",
+        "STREAMS",
+        "IDENTITY",
+    ];
     columns(&mut out, &names, sessions.collect());
     out
 }
@@ -228,8 +245,8 @@ mod tests {
         "incarnation":"0000000000000007","version":"0.1.0","later":1},"ready":false,
         "conditions":[{"name":"listeners","ok":true,"reason":""},{"name":"peers","ok":false,"reason":"1 of 2"}],
         "sessions":[{"id":4,"kind":"peer","peer":"mesh-1","identity":"spiffe://overlay.local/ns/default/overlaynode/mesh",
-        "state":"active","direction":"out","group":"hybrid","age_ms":61000,"idle_ms":900,"queued_frames":0,"streams":2},
-        {"id":9,"kind":"local","peer":null,"identity":"local","state":"active","direction":"in","group":"none",
+        "state":"active","direction":"out","transport":"tcp+tls","group":"hybrid","age_ms":61000,"idle_ms":900,"queued_frames":0,"streams":2},
+        {"id":9,"kind":"local","peer":null,"identity":"local","state":"active","direction":"in","transport":"unix","group":"none",
         "age_ms":7,"idle_ms":0,"queued_frames":1,"streams":0}],"messages":{"held":3,"bytes":1536}}"#;
 
     #[test]
@@ -246,9 +263,9 @@ CONDITION  OK   REASON
 listeners  yes
 peers      no   1 of 2
 
-SESSION  KIND   PEER    STATE   DIR  GROUP   AGE   IDLE   QUEUED  STREAMS  IDENTITY
-4        peer   mesh-1  active  out  hybrid  1m1s  900ms  0       2        spiffe://overlay.local/ns/default/overlaynode/mesh
-9        local  -       active  in   none    7ms   0ms    1       0        local
+SESSION  KIND   PEER    STATE   DIR  TRANSPORT  GROUP   AGE   IDLE   QUEUED  STREAMS  IDENTITY
+4        peer   mesh-1  active  out  tcp+tls    hybrid  1m1s  900ms  0       2        spiffe://overlay.local/ns/default/overlaynode/mesh
+9        local  -       active  in   unix       none    7ms   0ms    1       0        local
 ";
         assert_eq!(table(&report), want);
     }

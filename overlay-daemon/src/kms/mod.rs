@@ -23,6 +23,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::{ClientConfig, ServerConfig};
 use zeroize::Zeroizing;
 
+mod chain;
 mod leaf;
 mod reload;
 mod tls;

@@ -22,6 +22,7 @@ use rustls::{
 };
 use zeroize::Zeroize;
 
+use super::chain::ShortChains;
 use super::{KmsError, Leaf, Sources};
 
 /// The application protocol of every session.
@@ -121,9 +122,10 @@ impl Material {
     }
 
     fn clients(&self) -> Result<Arc<dyn ClientCertVerifier>, ConfigurationError> {
-        WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider))
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider))
             .build()
-            .map_err(|error| ConfigurationError(error.to_string()))
+            .map_err(|error| ConfigurationError(error.to_string()))?;
+        Ok(Arc::new(ShortChains(verifier)))
     }
 
     fn servers(&self) -> ChainVerifier {

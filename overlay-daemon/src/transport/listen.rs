@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use rustls::server::Acceptor;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::{LazyConfigAcceptor, TlsStream};
@@ -56,6 +56,19 @@ impl Handshakes {
     }
 }
 
+/// Connections that the system holds until they are accepted; it may hold fewer
+/// (`net.core.somaxconn`). tokio's own 128 are full after a burst that lasts as long as one hub's
+/// turn, and who comes then waits for a second before the system asks again.
+const BACKLOG: u32 = 4_096;
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // Or a restart would wait for the connections of the process before it.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
 /// A listening TCP socket.
 pub struct Listener {
     socket: TcpListener,
@@ -81,7 +94,7 @@ impl Listener {
         let timing = timing.into();
         let handshakes = Handshakes::new(timing.now().max_handshakes_in_flight);
         Ok(Self {
-            socket: TcpListener::bind(address).await?,
+            socket: listen(address)?,
             timing,
             clock,
             handshakes,

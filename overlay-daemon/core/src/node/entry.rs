@@ -90,6 +90,7 @@ pub(super) struct Entry {
     pub(super) session: Session<Kind>,
     pub(super) holder: Holder,
     pub(super) dialled: Option<usize>,
+    pub(super) transport: &'static str,
     pub(super) group: &'static str,
     pub(super) party: Party,
     /// What a daemon said of itself that is no configured peer: it may become one.
@@ -121,6 +122,7 @@ impl Entry {
             session,
             holder: opening.holder,
             dialled: opening.dialled,
+            transport: opening.transport,
             group: opening.group,
             party: Party::Client,
             stranger: None,

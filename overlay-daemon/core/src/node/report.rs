@@ -71,6 +71,7 @@ fn session(id: u64, entry: &Entry, now: Millis, node: &Node) -> serde_json::Valu
         "identity": identity,
         "state": entry.session.state().label(),
         "direction": if entry.session.role() == Role::Dialler { "out" } else { "in" },
+        "transport": entry.transport,
         "group": entry.group,
         "age_ms": age_ms,
         "idle_ms": idle_ms,

@@ -119,6 +119,7 @@ impl Sim {
         let opening = |of, dialled| Opening {
             holder: Holder::Certificate(identity(of)),
             dialled,
+            transport: "tcp+tls",
             group: "hybrid",
             handshake_ends,
         };
@@ -158,7 +159,7 @@ impl Sim {
         let end = self.end(node);
         self.clients.insert(end, Vec::new());
         let handshake_ends = self.clock().now.after(3_000);
-        let opening = Opening { holder, dialled: None, group: "none", handshake_ends };
+        let opening = Opening { holder, dialled: None, transport: "unix", group: "none", handshake_ends };
         let now = self.clock().now;
         assert!(self.nodes[node].handle_open(end.session, opening, now));
         let hello = Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), 1, json(hello));

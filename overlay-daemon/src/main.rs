@@ -71,7 +71,10 @@ fn daemon(args: &RunArgs) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(&format!("cannot start: {error}")),
     };
-    match runtime.block_on(run(start)) {
+    let ended = runtime.block_on(run(start));
+    // All that had to end has; a name that is still being looked up has no one waiting for it.
+    runtime.shutdown_background();
+    match ended {
         Ok(code) => code,
         Err(error) => fail(&format!("{error:#}")),
     }

@@ -83,8 +83,8 @@ pub struct OverlayNodeSpec {
     /// The size of deployment that limits default to; the semantics are the same.
     #[serde(default)]
     pub profile: Profile,
-    /// Nothing is written to a disk: no daemon of this version does in any case. Every metric
-    /// carries what was asked for as the label `amnesia`. Micronode requires it.
+    /// Nothing is written to a disk, and the kernel enforces it (Landlock) where it can. Every
+    /// metric carries it as the label `amnesia`. Micronode requires it.
     #[serde(default = "yes")]
     pub amnesia: bool,
     /// Daemons of the mesh, each of them a peer of every other.

@@ -85,6 +85,8 @@ pub enum Event {
     Hello(Frame, Hello),
     /// The answer to ours: the session is Active.
     Welcomed(HelloReply),
+    /// Ours was refused: the session is of no use.
+    TurnedAway,
     /// Answer with the same payload.
     Ping(Frame),
     /// A stream is asked for; [`Session::open_theirs`] accepts it.
@@ -180,6 +182,10 @@ impl<K> Session<K> {
                 let reply = parse(&frame.payload).ok_or(HELLO_FIRST)?;
                 self.state = State::Active;
                 Ok(Event::Welcomed(reply))
+            }
+            // A refusal is never answered by another: there is no place, or none for us.
+            Role::Dialler if control && frame.flags.has(Flags::RESP) && frame.code >= Status::BadRequest.code() => {
+                Ok(Event::TurnedAway)
             }
             Role::Acceptor | Role::Dialler => Err(HELLO_FIRST),
         }

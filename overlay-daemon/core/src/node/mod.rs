@@ -280,6 +280,7 @@ impl Node {
             }
             Event::Hello(frame, hello) => self.welcome(id, &frame, hello, clock),
             Event::Welcomed(reply) => self.welcomed(id, reply, clock),
+            Event::TurnedAway => self.drop_session(id, None),
             Event::Start(start) => self.start(id, &start, grant, clock),
             Event::Request(frame) => self.request(id, frame, clock),
             Event::Ended(frame) => {

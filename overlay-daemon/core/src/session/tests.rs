@@ -89,6 +89,17 @@ fn hello_comes_first() {
     }
 }
 
+/// A daemon without a place says so, and is not answered: the session is simply over.
+#[test]
+fn a_refused_hello_is_not_answered() {
+    for code in [400, 429, 503] {
+        let mut session: Session<()> = Session::new(Role::Dialler, TIMERS, Millis(0));
+        session.handle_connected(&Hello::default(), Millis(0));
+        let refusal = Frame { code, ..frame(Flags::RESP | Flags::END, AppProto::CONTROL, 1) };
+        assert_eq!(session.handle_frame(refusal, Millis(0)), Ok(Event::TurnedAway));
+    }
+}
+
 #[test]
 fn late_frames_of_an_ended_stream_are_dropped() {
     let mut session = active();
@@ -281,6 +292,7 @@ fn what(event: &Event) -> &'static str {
     match event {
         Event::Hello(..) => "hello",
         Event::Welcomed(_) => "welcomed",
+        Event::TurnedAway => "turned away",
         Event::Ping(_) => "ping",
         Event::Start(_) => "start",
         Event::Request(_) => "request",

@@ -267,5 +267,10 @@ pub(crate) fn helm_uninstall_keeps_what_the_values_say(world: &World) -> Result<
     world.wait_ready(APPS, "kept")?;
     ensure!(world.pods(APPS, "kept")? == pods, "nothing was rolled");
     world.kubectl(&format!("delete overlaynode kept -n {APPS}"))?;
+
+    // A second one would take the first one's OverlayNodes.
+    let second = ["install", "second", &chart, "--namespace", APPS, "--set", "crd.install=false"];
+    let refused = world.cluster.helm(&second).err().context("helm installed a second operator")?;
+    ensure!(format!("{refused:#}").contains("is installed already, as release"), "{refused:#}");
     Ok(())
 }

@@ -4,6 +4,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::config::Transport;
 use crate::frame::MAX_FRAME;
 use crate::identity::Topic;
 
@@ -86,7 +87,7 @@ impl HelloReply {
             // Every defined flag.
             flags_supported: 0xff,
             versions: vec![crate::frame::VERSION],
-            transports: vec!["tcp+tls".to_owned(), "unix".to_owned()],
+            transports: vec![Transport::Tcp.label().to_owned(), "unix".to_owned()],
             daemon: Some(daemon),
         }
     }

@@ -1,18 +1,20 @@
 //! Which settings a running daemon takes up, and which wait for a restart. Every field is
 //! named here, so that a new one is decided on.
 
-use super::{DaemonConfig, KeyExchange, Observability, Overlay, Profile, Tls};
+use super::{DaemonConfig, KeyExchange, Observability, Overlay, Profile, Tls, Tor};
 
 impl DaemonConfig {
     /// This configuration, with those settings of `new` that take effect without a restart:
-    /// limits and timeouts, gossip caps, readiness thresholds, key exchange and log level.
+    /// limits and timeouts, Tor's proxy, gossip caps, readiness thresholds, key exchange and log
+    /// level.
     #[must_use]
     pub fn with_live(&self, new: &Self) -> Self {
-        let Self { format: _, overlay, observability, tls, token: _, unix: _, gossip, readiness, drain: _ } = new;
+        let Self { format: _, overlay, tor, observability, tls, token: _, unix: _, gossip, readiness, drain: _ } = new;
         let Observability { metrics: _, log_level, log_format: _ } = observability;
         let Tls { certificate: _, key: _, ca: _, key_exchange } = tls;
         Self {
             overlay: self.overlay.with_live(overlay),
+            tor: Tor { listen: self.tor.listen, ..tor.clone() },
             observability: Observability { log_level: *log_level, ..self.observability },
             tls: Tls { key_exchange: *key_exchange, ..self.tls.clone() },
             gossip: gossip.clone(),
@@ -33,6 +35,8 @@ impl DaemonConfig {
             let (Some(keys), Some(own)) = sections else { continue };
             let differ = keys.iter().filter(|(key, value)| own.get(*key) != Some(*value));
             found.extend(differ.map(|(key, value)| format!("{section}.{key} = {value}")));
+            let gone = own.keys().filter(|key| !keys.contains_key(*key));
+            found.extend(gone.map(|key| format!("{section}.{key} (removed)")));
         }
         found
     }

@@ -16,9 +16,11 @@ use crate::identity::{SpiffeId, TenantId};
 mod live;
 mod places;
 mod read;
+mod transport;
 
 pub use places::Places;
 pub use read::{ConfigError, daemon, peers};
+pub use transport::{Tor, Transport, is_onion};
 
 /// The number in a file's `format`; a daemon refuses any other.
 pub const FORMAT: u32 = 1;
@@ -72,6 +74,8 @@ pub struct DaemonConfig {
     pub format: u32,
     /// Listening, limits and timeouts (C-6).
     pub overlay: Overlay,
+    /// The proxy and the timeouts of sessions over Tor.
+    pub tor: Tor,
     /// Admin HTTP and logs.
     pub observability: Observability,
     /// Certificates and key exchange.
@@ -239,10 +243,14 @@ pub const MAX_PEERS: usize = 64;
 pub struct Peer {
     /// What metrics and logs call it; 1 to 63 of `[a-z0-9.-]`. `other` is taken.
     pub name: String,
-    /// `HOST:PORT`; a host name is looked up at every dial.
+    /// `HOST:PORT`; a host name is looked up at every dial. An onion service's takes
+    /// [`Transport::Tor`].
     pub address: String,
     /// The identity its certificate must have, or one below it.
     pub identity: SpiffeId,
+    /// What it is dialled by. Left out where it is TCP, so that older daemons read the file too.
+    #[serde(skip_serializing_if = "Transport::is_default")]
+    pub transport: Transport,
 }
 
 impl DaemonConfig {
@@ -259,6 +267,7 @@ impl DaemonConfig {
         Self {
             format: FORMAT,
             overlay: Overlay::defaults(profile, listen),
+            tor: Tor::default(),
             observability: Observability { metrics, log_level: LogLevel::Info, log_format: LogFormat::Json },
             tls,
             token,
@@ -266,6 +275,16 @@ impl DaemonConfig {
             gossip: Gossip::defaults(profile),
             readiness: Readiness::default(),
             drain: Drain::default(),
+        }
+    }
+
+    /// For how long, in milliseconds, no byte either way ends a session; no transport is the Unix
+    /// socket.
+    #[must_use]
+    pub fn idle_ms(&self, transport: Option<Transport>) -> u64 {
+        match transport {
+            Some(Transport::Tor) => self.tor.idle_timeout_ms,
+            Some(Transport::Tcp) | None => self.overlay.idle_timeout_ms,
         }
     }
 

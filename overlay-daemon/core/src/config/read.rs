@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use super::{
     DaemonConfig, Drain, FORMAT, Gossip, KeyExchange, LogFormat, LogLevel, MAX_PEERS, Observability, Overlay, Peer,
-    PeersConfig, Profile, Readiness, Tls, Token, Unix,
+    PeersConfig, Profile, Readiness, Tls, Token, Tor, Transport, Unix, transport,
 };
 use crate::compress::MAX_RATIO;
 use crate::identity::{SpiffeId, TenantId};
@@ -37,6 +37,8 @@ pub fn daemon(text: &str) -> Result<DaemonConfig, Vec<ConfigError>> {
     let profile = overlay.as_ref().map_or(Profile::Micronode, |overlay| overlay.profile);
     let listen = overlay.as_ref().map(|overlay| overlay.listen);
     let observability = observability(root.table("observability", e), listen, e);
+    let metrics = observability.as_ref().map(|observability| observability.metrics);
+    let tor = tor(root.table("tor", e), [("overlay.listen", listen), ("observability.metrics", metrics)], e);
     let tls = tls(root.table("tls", e), e);
     let token = token(root.table("token", e), e);
     let unix = unix(root.table("unix", e), e);
@@ -49,6 +51,7 @@ pub fn daemon(text: &str) -> Result<DaemonConfig, Vec<ConfigError>> {
         Some(DaemonConfig {
             format: format?,
             overlay: overlay?,
+            tor: tor?,
             observability: observability?,
             tls: tls?,
             token: token?,
@@ -74,8 +77,12 @@ pub fn peers(text: &str) -> Result<PeersConfig, Vec<ConfigError>> {
     let mut list: Vec<Peer> = Vec::new();
     for mut table in root.tables("peer", MAX_PEERS, e) {
         let peer_name = table.parsed("name", NAME, None, e).map(|Name(name)| name);
-        let address = table.parsed("address", "HOST:PORT", None, e).map(|Address(address)| address);
+        let address = table.parsed("address", HOST_PORT, None, e).map(|Address(address)| address);
         let identity: Option<SpiffeId> = table.parsed("identity", IDENTITY, None, e);
+        let transport = table.choice("transport", &Transport::ALL, Transport::default(), e);
+        if let (Some(address), Some(transport)) = (&address, transport) {
+            onion(&table, address, transport, e);
+        }
         if let Some(peer) = peer_name.as_deref() {
             let taken = match peer {
                 "other" => Some("\"other\" is taken: it is what metrics call the peers that are not configured"),
@@ -88,8 +95,9 @@ pub fn peers(text: &str) -> Result<PeersConfig, Vec<ConfigError>> {
             }
         }
         table.finish(e);
-        if let (Some(name), Some(address), Some(identity)) = (peer_name, address, identity) {
-            list.push(Peer { name, address, identity });
+        if let (Some(name), Some(address), Some(identity), Some(transport)) = (peer_name, address, identity, transport)
+        {
+            list.push(Peer { name, address, identity, transport });
         }
     }
     root.finish(e);
@@ -97,6 +105,21 @@ pub fn peers(text: &str) -> Result<PeersConfig, Vec<ConfigError>> {
     errors.finish(config)
 }
 
+/// An onion service's address is whole, and goes with Tor alone.
+fn onion(table: &Table<'_, '_>, address: &str, transport: Transport, e: &mut Errors<'_>) {
+    if !transport::is_onion(address) {
+        return;
+    }
+    if transport != Transport::Tor {
+        table.broken_rule("transport", format!("must be Tor, by which alone {address} is reached"), e);
+    }
+    if !transport::is_valid_onion(address) {
+        let message = "must name an onion service of version 3: 56 of a-z and 2-7, the last a d, before .onion";
+        table.broken_rule("address", message, e);
+    }
+}
+
+const HOST_PORT: &str = "HOST:PORT";
 const NAME: &str = "1 to 63 of a-z, 0-9, '.' and '-', beginning and ending with a letter or digit";
 const IDENTITY: &str = "spiffe://TRUST-DOMAIN/ns/NAMESPACE/overlaynode/NAME, optionally followed by /pod/POD";
 const TENANT: &str = "0, a UUID, a ULID or 32 hexadecimal digits";
@@ -142,6 +165,37 @@ fn overlay(mut t: Table<'_, '_>, e: &mut Errors<'_>) -> Option<Overlay> {
         per_peer_inflight: per_peer_inflight?,
         per_peer_rps: per_peer_rps?,
         decompression_ratio: decompression_ratio?,
+        handshake_timeout_ms: handshake_timeout_ms?,
+        read_timeout_ms: read_timeout_ms?,
+        write_timeout_ms: write_timeout_ms?,
+        idle_timeout_ms: idle_timeout_ms?,
+    })
+}
+
+/// Reads `[tor]`. `taken` are the addresses that something else listens on.
+fn tor(mut t: Table<'_, '_>, taken: [(&str, Option<SocketAddr>); 2], e: &mut Errors<'_>) -> Option<Tor> {
+    let d = Tor::default();
+    let socks = t.parsed("socks", HOST_PORT, Some(Address(d.socks)), e).map(|Address(address)| address);
+    if socks.as_deref().is_some_and(transport::is_onion) {
+        t.broken_rule("socks", "must be where a SOCKS5 proxy listens, which no onion service is", e);
+    }
+    let listen = t.optional::<SocketAddr>("listen", SOCKET_ADDRESS, e);
+    for (field, address) in taken {
+        if let (Some(Some(listen)), Some(address)) = (listen, address)
+            && listen == address
+            && listen.port() != 0
+        {
+            t.broken_rule("listen", format!("must differ from {field}"), e);
+        }
+    }
+    let handshake_timeout_ms = t.integer("handshake_timeout_ms", 100..=600_000, d.handshake_timeout_ms, e);
+    let read_timeout_ms = t.integer("read_timeout_ms", 100..=600_000, d.read_timeout_ms, e);
+    let write_timeout_ms = t.integer("write_timeout_ms", 100..=600_000, d.write_timeout_ms, e);
+    let idle_timeout_ms = t.integer("idle_timeout_ms", 300..=3_600_000, d.idle_timeout_ms, e);
+    t.finish(e);
+    Some(Tor {
+        socks: socks?,
+        listen: listen?,
         handshake_timeout_ms: handshake_timeout_ms?,
         read_timeout_ms: read_timeout_ms?,
         write_timeout_ms: write_timeout_ms?,

@@ -150,6 +150,15 @@ fn what_is_wrong_is_named() {
             instead("/run/overlay/overlay.sock", &"x".repeat(108)),
             "line 23: unix.socket: must be at most 107 bytes, is 108",
         ),
+        (more("[tor]\nsocks = \"9050\""), "line 25: tor.socks: must be HOST:PORT, is \"9050\""),
+        (
+            more("[tor]\nsocks = \"a.onion:9050\""),
+            "line 25: tor.socks: must be where a SOCKS5 proxy listens, which no onion service is",
+        ),
+        (more("[tor]\nlisten = \"tor:1\""), "line 25: tor.listen: must be IP:PORT, is \"tor:1\""),
+        (more("[tor]\nlisten = \"127.0.0.1:9500\""), "line 25: tor.listen: must differ from overlay.listen"),
+        (more("[tor]\nlisten = \"127.0.0.1:9600\""), "line 25: tor.listen: must differ from observability.metrics"),
+        (more("[tor]\nidle_timeout_ms = 299"), "line 25: tor.idle_timeout_ms: must be 300 to 3600000, is 299"),
         (more("allow_uids = [-1]"), "line 24: unix.allow_uids[0]: must be 0 to 4294967295, is -1"),
         (
             more("[readiness]\nshed_at_percent = 95"),
@@ -186,7 +195,7 @@ fn every_error_is_reported_at_once() {
             "line 3: overlay.inflight: must be a whole number, is a boolean",
             "line 5: gossip.fanout: must be 1 to 64, is 900",
             "line 6: gossip.max_hop: is not a known field; did you mean max_hops?",
-            "line 7: nothing: is not a known field; known here: format, overlay, observability, tls, token, unix, gossip, readiness, drain",
+            "line 7: nothing: is not a known field; known here: format, overlay, observability, tor, tls, token, unix, gossip, readiness, drain",
             "line 8: tls.certificate: is required",
             "line 8: tls.ca: is required",
             "line 9: tls.key: must be a string: a path, is an integer",
@@ -250,6 +259,57 @@ fn a_peers_file() {
     }
 }
 
+const ONION: &str = "bbcmkwiazzvvvzqasb2i3nzlmxtj6ydzzmqzhzgj5kszhd42ee4dcyad.onion";
+
+/// An onion service is reached by Tor alone, and its address is whole; what is not an onion
+/// service may be reached by Tor too.
+#[test]
+fn a_peer_by_tor() {
+    let with =
+        |address: &str, transport: &str| PEERS.replacen("\"[::1]:9501\"", &format!("\"{address}\"\n{transport}"), 1);
+    let tor = "transport = \"Tor\"";
+    let (service, subdomain) = (format!("{ONION}:9500"), format!("a.b.{ONION}:9500"));
+    for address in [service.as_str(), &subdomain, "h.example:9500", "192.0.2.1:9500", "[::1]:9501"] {
+        let read = peers(&with(address, tor)).unwrap();
+        assert_eq!((read.peers[0].transport, read.peers[1].transport), (Transport::Tcp, Transport::Tor));
+        assert_eq!(read.peers[1].address, address);
+        assert_eq!(peers(&read.to_toml().unwrap()).unwrap(), read);
+    }
+    assert!(!peers(PEERS).unwrap().to_toml().unwrap().contains("transport"), "older daemons read it");
+
+    let only = format!("must be Tor, by which alone {service} is reached");
+    let whole = "must name an onion service of version 3: 56 of a-z and 2-7, the last a d, before .onion";
+    let bad = format!("line 10: peer[1].address: {whole}");
+    for (text, want) in [
+        (with(&service, ""), format!("line 8: peer[1].transport: {only}")),
+        (with(&service, "transport = \"TCP\""), format!("line 11: peer[1].transport: {only}")),
+        (with("facebookcorewwwi.onion:9500", tor), bad.clone()),
+        (with(&service.replacen("d.onion", "e.onion", 1), tor), bad.clone()),
+        (with(&service.to_uppercase(), tor), bad.clone()),
+        (with(&service.replacen('b', "1", 1), tor), bad.clone()),
+        (with(".onion:1", tor), bad.clone()),
+        (
+            with(&service, "transport = \"tor\""),
+            "line 11: peer[1].transport: must be TCP or Tor, is \"tor\"".to_owned(),
+        ),
+    ] {
+        assert_eq!(report(peers(&text)), [want], "{text}");
+    }
+    assert_eq!(report(peers(&with("short.onion:1", ""))).len(), 2, "both are told");
+}
+
+/// Each transport has an idle timeout of its own, Tor's longer; the Unix socket has TCP's.
+#[test]
+fn timeouts_are_the_transports() {
+    let config = daemon(C6).unwrap();
+    let idle = [Some(Transport::Tcp), None, Some(Transport::Tor)].map(|transport| config.idle_ms(transport));
+    assert_eq!(idle, [15_000, 15_000, 30_000]);
+    let (tor, tcp) = (&config.tor, &config.overlay);
+    assert!(tor.handshake_timeout_ms > tcp.handshake_timeout_ms && tor.read_timeout_ms > tcp.read_timeout_ms);
+    assert!(tor.write_timeout_ms > tcp.write_timeout_ms);
+    assert!(tor.idle_timeout_ms / 3 < tcp.idle_timeout_ms, "pings keep a session whose acceptor has TCP's");
+}
+
 fn caps() -> impl Strategy<Value = (u32, u32)> {
     (1..=1_000_000_u32).prop_flat_map(|total| (Just(total), 1..=total))
 }
@@ -273,6 +333,8 @@ prop_compose! {
         (config.overlay.rps, config.overlay.per_peer_rps) = rps;
         (config.readiness.unready_at_percent, config.readiness.shed_at_percent, config.readiness.recover_at_percent) = percents;
         config.overlay.read_timeout_ms = ms;
+        config.tor.handshake_timeout_ms = ms;
+        config.tor.listen = macronode.then(|| std::net::SocketAddr::from(([127, 0, 0, 1], 9_500)));
         config.drain.delay_ms = ms;
         config.gossip.store_bytes = bytes;
         config.overlay.memory_bytes = (2 * bytes).max(8 << 20);
@@ -318,6 +380,8 @@ fn live_settings() {
         ("per_peer_rps", |c| c.overlay.per_peer_rps = 7),
         ("decompression_ratio", |c| c.overlay.decompression_ratio = 7),
         ("read_timeout_ms", |c| c.overlay.read_timeout_ms = 700),
+        ("socks", |c| c.tor.socks = "tor:9050".into()),
+        ("idle_timeout_ms", |c| c.tor.idle_timeout_ms = 700),
         ("fanout", |c| c.gossip.fanout = 7),
         ("store_bytes", |c| c.gossip.store_bytes = 7 << 20),
         ("min_peers", |c| c.readiness.min_peers = 7),
@@ -326,6 +390,7 @@ fn live_settings() {
     ];
     let restart: &[(&str, Change)] = &[
         ("listen", |c| c.overlay.listen.set_port(7)),
+        ("tor.listen", |c| c.tor.listen = Some(c.overlay.listen)),
         ("tenants", |c| c.overlay.tenants = vec![TenantId(7)]),
         ("amnesia", |c| c.overlay.amnesia = false),
         ("profile", |c| c.overlay.profile = Profile::Macronode),
@@ -357,6 +422,7 @@ fn places_are_kept() {
         name: name.into(),
         address: address.into(),
         identity: "spiffe://td/ns/a/overlaynode/b".parse().unwrap(),
+        transport: Transport::Tcp,
     };
     let names = |places: &Places| places.iter().map(|(place, p)| (place, p.name.clone())).collect::<Vec<_>>();
     let mut places = Places::new(&[peer("a", "a:1"), peer("b", "b:1"), peer("c", "c:1")]);

@@ -10,7 +10,7 @@ use crate::Millis;
 use crate::admission::Quota;
 use crate::backoff::Backoff;
 use crate::budget::FrameBudget;
-use crate::config::DaemonConfig;
+use crate::config::{DaemonConfig, Transport};
 use crate::control::{DaemonHello, Incarnation};
 use crate::frame::{AppProto, Flags, Frame};
 use crate::gossip::{LinkId, Outlet};
@@ -90,7 +90,7 @@ pub(super) struct Entry {
     pub(super) session: Session<Kind>,
     pub(super) holder: Holder,
     pub(super) dialled: Option<usize>,
-    pub(super) transport: &'static str,
+    pub(super) transport: Option<Transport>,
     pub(super) group: &'static str,
     pub(super) party: Party,
     /// What a daemon said of itself that is no configured peer: it may become one.

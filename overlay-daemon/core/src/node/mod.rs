@@ -23,7 +23,7 @@ use bytes::Bytes;
 use crate::Millis;
 use crate::admission::Quota;
 use crate::backoff::Jitter;
-use crate::config::{DaemonConfig, PeersConfig, Places};
+use crate::config::{DaemonConfig, PeersConfig, Places, Transport};
 use crate::control::{DaemonHello, Hello, HelloReply, Incarnation};
 use crate::frame::{AppProto, Flags, Frame};
 use crate::gossip::{Counts, Engine, LinkId, Me};
@@ -59,8 +59,8 @@ pub struct Opening {
     pub holder: Holder,
     /// The configured peer that was dialled, by its place ([`Places`]).
     pub dialled: Option<usize>,
-    /// What carries it, as the report of sessions names it: `tcp+tls` or `unix`.
-    pub transport: &'static str,
+    /// What carries it; nothing but the Unix socket, if none.
+    pub transport: Option<Transport>,
     /// The key exchange, as the report of sessions names it: `hybrid`, `classical`, or `none`.
     pub group: &'static str,
     /// Until when HELLO must be answered: one deadline from the connection's first moment,
@@ -186,7 +186,7 @@ impl Node {
         self.engine.handle_config(gossip);
         for entry in self.sessions.values_mut() {
             entry.quota.resize(overlay.per_peer_rps, overlay.per_peer_inflight, now);
-            entry.session.set_idle(overlay.idle_timeout_ms);
+            entry.session.set_idle(self.config.idle_ms(entry.transport));
             entry.lanes.resize(gossip.lane_depth_frames);
             if entry.lanes.is_limited() {
                 entry.lanes.limit(gossip.burst_frames, now);
@@ -219,8 +219,8 @@ impl Node {
             return false;
         }
         let role = if opening.dialled.is_some() { Role::Dialler } else { Role::Acceptor };
-        let limits = &self.config.overlay;
-        let timers = Timers { handshake_ends: opening.handshake_ends, idle_ms: limits.idle_timeout_ms };
+        let idle_ms = self.config.idle_ms(opening.transport);
+        let timers = Timers { handshake_ends: opening.handshake_ends, idle_ms };
         let mut session = Session::new(role, timers, now);
         let hello = Hello {
             ua: Some(concat!("overlay-daemon/", env!("CARGO_PKG_VERSION")).into()),
@@ -319,7 +319,10 @@ impl Node {
             self.close_when_sent(id);
             return;
         }
-        let reply = HelloReply::of(self.hello.clone(), self.config.overlay.per_peer_inflight);
+        let mut reply = HelloReply::of(self.hello.clone(), self.config.overlay.per_peer_inflight);
+        if self.config.tor.listen.is_some() {
+            reply.transports.push(Transport::Tor.label().to_owned());
+        }
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let answer = entry.session.answer_hello(frame, &reply);
         self.push(id, Class::Control, answer);

@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::{Entry, Node, Party};
 use crate::Millis;
+use crate::config::Transport;
 use crate::control;
 use crate::grant::Holder;
 use crate::session::Role;
@@ -71,7 +72,7 @@ fn session(id: u64, entry: &Entry, now: Millis, node: &Node) -> serde_json::Valu
         "identity": identity,
         "state": entry.session.state().label(),
         "direction": if entry.session.role() == Role::Dialler { "out" } else { "in" },
-        "transport": entry.transport,
+        "transport": entry.transport.map_or("unix", Transport::label),
         "group": entry.group,
         "age_ms": age_ms,
         "idle_ms": idle_ms,

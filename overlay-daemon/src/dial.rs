@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
-use overlay_core::config::Peer;
+use overlay_core::config::{Peer, Transport};
 use overlay_core::identity::SpiffeId;
 use overlay_core::status::Reason;
 use tokio::sync::watch;
@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::kms::{KeySet, Keys};
 use crate::session::Context;
-use crate::transport::{Connection, DialError, dial};
+use crate::transport::{Connection, DialError, Isolation, Via, dial, dial_tor};
 
 /// The first pause; it doubles up to [`LONGEST`], and is up to twice as long by jitter, so
 /// that a mesh that starts at once does not dial in step.
@@ -43,6 +43,8 @@ pub struct Dialler {
     pub place: usize,
     /// Who and where it is.
     pub peer: Peer,
+    /// What keeps its circuits apart, where it is dialled over Tor.
+    pub isolation: Isolation,
     /// Whether it has a session, whoever dialled.
     pub up: watch::Receiver<bool>,
     /// Tells it not to dial any more. A session that it holds goes on.
@@ -94,11 +96,22 @@ impl Dialler {
         while holding.join_next().await.is_some() {}
     }
 
+    async fn dial(&self, keys: &KeySet) -> Result<Connection, DialError> {
+        let (address, clock) = (&self.peer.address, self.context.clock);
+        let timing = self.context.timing.of(self.peer.transport);
+        match self.peer.transport {
+            Transport::Tcp => dial(address, keys.client(), &timing.now(), clock).await,
+            Transport::Tor => {
+                let via = Via { proxy: &timing.socks(), isolation: &self.isolation };
+                dial_tor(address, via, keys.client(), &timing.now(), clock).await
+            }
+        }
+    }
+
     /// A connection, and the keys that it was made with.
     async fn connect(&self) -> Result<(Connection, Arc<KeySet>), PeerError> {
         let keys = self.keys.current();
-        let connection =
-            dial(&self.peer.address, keys.client(), &self.context.timing.now(), self.context.clock).await?;
+        let connection = self.dial(&keys).await?;
         self.context.metrics.key_exchange(connection.group);
         if !self.peer.identity.covers(&connection.peer) {
             self.context.metrics.rejected(Reason::Auth).inc();

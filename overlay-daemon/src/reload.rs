@@ -23,7 +23,7 @@ use crate::kms::Keys;
 use crate::logging::Level;
 use crate::metrics::Metrics;
 use crate::session::Context;
-use crate::transport::TransportConfig;
+use crate::transport::{Isolation, Transports};
 
 /// How often the files are read again. Contents are compared, as for keys: Kubernetes swaps a
 /// symlink above them, and no watch on the files themselves would see it.
@@ -60,7 +60,7 @@ pub struct Files {
 /// Everyone who is told of a change.
 pub struct Told {
     /// Sessions' deadlines.
-    pub timing: watch::Sender<TransportConfig>,
+    pub timing: watch::Sender<Transports>,
     /// Readiness's thresholds.
     pub readiness: watch::Sender<Readiness>,
     /// What `/readyz` shows.
@@ -86,6 +86,8 @@ struct Dialling {
 /// Takes up what changes; owns the diallers.
 pub struct Reloader {
     files: Files,
+    /// Which daemon this is, of all that may share a proxy.
+    own: String,
     config: DaemonConfig,
     peers: PeersConfig,
     places: Places,
@@ -104,6 +106,7 @@ impl Reloader {
         let places = Places::new(&peers.peers);
         let mut new = Self {
             files,
+            own: format!("{} {}", told.keys.current().identity(), peers.name),
             config,
             peers,
             places: places.clone(),
@@ -202,7 +205,7 @@ impl Reloader {
     async fn tell(&mut self, old: &DaemonConfig, old_peers: &PeersConfig) {
         let new = &self.config;
         if *new != *old {
-            self.told.timing.send_replace(TransportConfig::from(&new.overlay));
+            self.told.timing.send_replace(Transports::from(new));
             self.told.readiness.send_replace(new.readiness.clone());
             self.told.level.set(new.observability.log_level);
             if self.told.hub.send(Input::Config(Box::new(new.clone()))).await.is_err() {
@@ -256,6 +259,7 @@ impl Reloader {
         let dialler = Dialler {
             place,
             peer: peer.clone(),
+            isolation: Isolation::new(&self.own, &peer.name),
             up: up.subscribe(),
             retired: retired.clone(),
             keys: Arc::clone(&self.told.keys),

@@ -30,7 +30,7 @@ use crate::metrics::Metrics;
 use crate::readiness::Watch;
 use crate::reload::{Files, Reloader, Running, Told};
 use crate::session::Context;
-use crate::transport::{Descriptors, Listener, LocalListener, Timing, TransportConfig};
+use crate::transport::{Descriptors, Listener, LocalListener, Timing, Transports};
 
 /// For how long sessions may take to close once all that they are owed is sent.
 const GOODBYE: Duration = Duration::from_millis(1_500);
@@ -136,7 +136,7 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
     })?;
     let keys = Arc::new(keys);
     let descriptors = Descriptors::raise();
-    let (timing, timing_now) = watch::channel(TransportConfig::from(&config.overlay));
+    let (timing, timing_now) = watch::channel(Transports::from(&config));
     let timing_now = Timing::from(timing_now);
 
     let listen = config.overlay.listen;

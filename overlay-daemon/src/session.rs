@@ -125,10 +125,11 @@ impl Context {
     /// certificate that it showed does, or its authority leaves the bundle. `dialled` is the
     /// configured peer that was dialled, `bundle` the authorities that the handshake went by.
     pub async fn hold(&self, connection: Connection, dialled: Option<usize>, bundle: blake3::Hash) {
+        let context = Self { timing: self.timing.of(connection.transport), ..self.clone() };
         let opening = Opening {
             holder: Holder::Certificate(connection.peer),
             dialled,
-            transport: "tcp+tls",
+            transport: Some(connection.transport),
             group: connection.group.label(),
             handshake_ends: self.clock.millis(connection.deadline),
         };
@@ -140,7 +141,7 @@ impl Context {
                 () = self.distrusted(connection.chain, dialled.is_some(), bundle) => {}
             }
         };
-        self.run(connection.stream, opening, Some(connection.group), over).await;
+        context.run(connection.stream, opening, Some(connection.group), over).await;
         drop(connection.descriptor);
     }
 
@@ -164,8 +165,7 @@ impl Context {
     /// Holds a session with a local process.
     pub async fn hold_local(&self, connection: LocalConnection) {
         let handshake_ends = self.clock.millis(connection.deadline);
-        let opening =
-            Opening { holder: Holder::Local, dialled: None, transport: "unix", group: "none", handshake_ends };
+        let opening = Opening { holder: Holder::Local, dialled: None, transport: None, group: "none", handshake_ends };
         self.run(connection.stream, opening, None, std::future::pending()).await;
         drop(connection.descriptor);
     }

@@ -40,7 +40,7 @@ impl Bench {
         let metrics = Arc::new(Metrics::new(true, "").unwrap());
         let ((hub, inputs), (sender, sent)) = (mpsc::channel(QUEUE), mpsc::channel(QUEUE));
         let heartbeat = watch::channel(Heartbeat::default()).0;
-        let timing = Timing::from(TransportConfig::from(&config.overlay));
+        let timing = Timing::from(TransportConfig::tcp(&config));
         let context = Context::new(hub, sender, keys.verifier(), timing, clock, Arc::clone(&metrics));
         let reading = context.reading.clone();
         let hub = Hub { node, clock, metrics, reading, peers: Peers::default(), inputs, sent, heartbeat };
@@ -58,7 +58,7 @@ impl Bench {
         self.tasks.spawn(async move {
             let handshake_ends = context.clock.now().after(3_000);
             let opening =
-                Opening { holder: Holder::Local, dialled: None, transport: "unix", group: "none", handshake_ends };
+                Opening { holder: Holder::Local, dialled: None, transport: None, group: "none", handshake_ends };
             context.run(theirs, opening, None, std::future::pending()).await;
         });
         Client { stream: ours, inbox: BytesMut::new() }

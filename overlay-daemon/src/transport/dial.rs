@@ -1,14 +1,16 @@
-//! Dialling over TCP and TLS.
+//! Dialling over TCP and TLS; over Tor the connection is a proxy's, and the rest is the same.
 
 use std::io;
 use std::sync::Arc;
 
+use overlay_core::config::{Transport, is_onion};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::{TlsConnector, TlsStream};
 
+use super::socks::SocksError;
 use super::{Connection, HandshakeError, TransportConfig};
 use crate::clock::Clock;
 
@@ -26,6 +28,24 @@ pub enum DialError {
         address: String,
         /// Why.
         source: io::Error,
+    },
+    /// Tor's proxy is down, or is no SOCKS proxy that keeps circuits apart.
+    #[error("cannot use the SOCKS proxy {proxy} (tor.socks): {source}")]
+    Proxy {
+        /// Where it should be.
+        proxy: String,
+        /// Why.
+        source: SocksError,
+    },
+    /// The proxy is there and did not connect.
+    #[error("the SOCKS proxy {proxy} (tor.socks) cannot connect to {address}: {source}")]
+    Refused {
+        /// What was dialled.
+        address: String,
+        /// The proxy.
+        proxy: String,
+        /// Why.
+        source: SocksError,
     },
     /// Somebody answers, and the handshake fails.
     #[error("handshake with {address}: {source}")]
@@ -52,10 +72,29 @@ pub async fn dial(
     clock: Clock,
 ) -> Result<Connection, DialError> {
     let deadline = clock.deadline(config.handshake);
-    let late = || io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
+    let failed = |source| DialError::Connect { address: address.to_owned(), source };
+    // Looked up, the name would be told to every resolver on the way (RFC 7686).
+    if is_onion(address) {
+        let tor_only = "an onion address is reached by transport Tor alone";
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, tor_only)));
+    }
     let connect = timeout_at(deadline, TcpStream::connect(address)).await.unwrap_or_else(|_| Err(late()));
-    let stream = connect.map_err(|source| DialError::Connect { address: address.to_owned(), source })?;
-    let shaken = timeout_at(deadline, handshake(stream, tls, deadline)).await;
+    secure(connect.map_err(failed)?, Transport::Tcp, address, tls, deadline).await
+}
+
+pub(super) fn late() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "no answer in time")
+}
+
+/// TLS over a connection to `address`, the deadline of all of it given.
+pub(super) async fn secure(
+    stream: TcpStream,
+    transport: Transport,
+    address: &str,
+    tls: &Arc<ClientConfig>,
+    deadline: Instant,
+) -> Result<Connection, DialError> {
+    let shaken = timeout_at(deadline, handshake(stream, transport, tls, deadline)).await;
     shaken
         .unwrap_or(Err(HandshakeError::Timeout))
         .map_err(|source| DialError::Handshake { address: address.to_owned(), source })
@@ -63,11 +102,12 @@ pub async fn dial(
 
 async fn handshake(
     stream: TcpStream,
+    transport: Transport,
     tls: &Arc<ClientConfig>,
     deadline: Instant,
 ) -> Result<Connection, HandshakeError> {
     stream.set_nodelay(true)?;
     let name = ServerName::try_from(NO_NAME).map_err(|error| HandshakeError::Io(io::Error::other(error)))?;
     let stream = TlsConnector::from(Arc::clone(tls)).connect(name, stream).await?;
-    Connection::establish(TlsStream::from(stream), deadline)
+    Connection::establish(TlsStream::from(stream), transport, deadline)
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use overlay_core::config::Transport;
 use rustls::server::Acceptor;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
@@ -81,7 +82,7 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Binds `address`.
+    /// Binds `address`, for the sessions of the transport that `timing` is of.
     ///
     /// # Errors
     /// The system refuses the address.
@@ -136,6 +137,7 @@ impl Listener {
         Ok(Accepted {
             stream,
             address,
+            transport: self.timing.transport,
             deadline: self.clock.deadline(config.handshake),
             place,
             handshakes: Arc::clone(&self.handshakes),
@@ -147,6 +149,7 @@ impl Listener {
 pub struct Accepted {
     stream: TcpStream,
     address: SocketAddr,
+    transport: Transport,
     deadline: Instant,
     place: Place,
     handshakes: Arc<Handshakes>,
@@ -169,7 +172,7 @@ impl Accepted {
     }
 
     async fn run(self, keys: &KeySet) -> Result<Connection, HandshakeError> {
-        let Self { stream, deadline, mut place, handshakes, .. } = self;
+        let Self { stream, transport, deadline, mut place, handshakes, .. } = self;
         let hello = async {
             stream.readable().await?;
             // TLS's state is boxed: until the first byte a connection is its descriptor and a
@@ -191,7 +194,7 @@ impl Accepted {
         drop(turn);
         let stream = Box::pin(hello.into_stream(Arc::clone(keys.server()))).await?;
         drop(permit);
-        let connection = Connection::establish(TlsStream::from(stream), deadline)?;
+        let connection = Connection::establish(TlsStream::from(stream), transport, deadline)?;
         Ok(Connection { descriptor: Some(descriptor), ..connection })
     }
 }

@@ -3,9 +3,10 @@
 //! peer is welcome, is decided above.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
-use overlay_core::config::Overlay;
+use overlay_core::config::{DaemonConfig, Transport};
 use overlay_core::identity::SpiffeId;
 use overlay_core::status::Reason;
 use rustls::pki_types::CertificateDer;
@@ -21,6 +22,8 @@ mod dial;
 mod listen;
 mod pace;
 mod pending;
+mod socks;
+mod tor;
 mod unix;
 
 #[cfg(test)]
@@ -30,6 +33,8 @@ pub use descriptors::{Descriptor, Descriptors};
 pub use dial::{DialError, dial};
 pub use listen::{AcceptError, Accepted, Listener};
 pub use pace::{EXHAUSTED_PAUSE, is_callers};
+pub use socks::{Isolation, Reply, SocksError};
+pub use tor::{Via, dial_tor};
 pub use unix::{LocalConnection, LocalError, LocalListener};
 
 /// The timeouts and caps of a transport (I-2).
@@ -53,33 +58,84 @@ pub struct TransportConfig {
     pub decompression_ratio: u8,
 }
 
-/// A [`TransportConfig`] that may change: each connection takes what holds when it begins.
+/// The configuration of every transport; the Unix socket has TCP's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Transports {
+    tcp: TransportConfig,
+    tor: TransportConfig,
+    /// Tor's SOCKS proxy.
+    socks: Arc<str>,
+}
+
+impl Transports {
+    fn of(&self, transport: Transport) -> TransportConfig {
+        match transport {
+            Transport::Tcp => self.tcp,
+            Transport::Tor => self.tor,
+        }
+    }
+}
+
+/// The [`TransportConfig`] of one transport, which may change: each connection takes what holds
+/// when it begins.
 #[derive(Clone, Debug)]
-pub struct Timing(watch::Receiver<TransportConfig>);
+pub struct Timing {
+    all: watch::Receiver<Transports>,
+    transport: Transport,
+}
 
 impl Timing {
     /// What holds now.
     #[must_use]
     pub fn now(&self) -> TransportConfig {
-        *self.0.borrow()
+        self.all.borrow().of(self.transport)
+    }
+
+    /// Where Tor's proxy is now, `HOST:PORT`.
+    #[must_use]
+    pub fn socks(&self) -> Arc<str> {
+        Arc::clone(&self.all.borrow().socks)
+    }
+
+    /// The same of another transport.
+    #[must_use]
+    pub fn of(&self, transport: Transport) -> Self {
+        Self { transport, ..self.clone() }
     }
 }
 
-impl From<watch::Receiver<TransportConfig>> for Timing {
-    fn from(receiver: watch::Receiver<TransportConfig>) -> Self {
-        Self(receiver)
+/// TCP's.
+impl From<watch::Receiver<Transports>> for Timing {
+    fn from(all: watch::Receiver<Transports>) -> Self {
+        Self { all, transport: Transport::Tcp }
     }
 }
 
-/// One that never changes.
+/// One that never changes, whatever the transport.
 impl From<TransportConfig> for Timing {
     fn from(config: TransportConfig) -> Self {
-        Self(watch::channel(config).1)
+        let all = Transports { tcp: config, tor: config, socks: Arc::from("") };
+        Self::from(watch::channel(all).1)
     }
 }
 
-impl From<&Overlay> for TransportConfig {
-    fn from(overlay: &Overlay) -> Self {
+impl From<&DaemonConfig> for Transports {
+    fn from(config: &DaemonConfig) -> Self {
+        let (tcp, tor) = (TransportConfig::tcp(config), &config.tor);
+        let tor_config = TransportConfig {
+            handshake: Duration::from_millis(tor.handshake_timeout_ms),
+            read: Duration::from_millis(tor.read_timeout_ms),
+            write: Duration::from_millis(tor.write_timeout_ms),
+            idle: Duration::from_millis(tor.idle_timeout_ms),
+            ..tcp
+        };
+        Self { tcp, tor: tor_config, socks: tor.socks.as_str().into() }
+    }
+}
+
+impl TransportConfig {
+    pub(crate) fn tcp(config: &DaemonConfig) -> Self {
+        let overlay = &config.overlay;
         Self {
             handshake: Duration::from_millis(overlay.handshake_timeout_ms),
             read: Duration::from_millis(overlay.read_timeout_ms),
@@ -99,6 +155,8 @@ impl From<&Overlay> for TransportConfig {
 pub struct Connection {
     /// The bytes.
     pub stream: TlsStream<TcpStream>,
+    /// What carries them.
+    pub transport: Transport,
     /// Who the certificate says it is. The caller decides whether that is who it wants.
     pub peer: SpiffeId,
     /// The certificate, and what came with it: it may lose its authority while the session lives.
@@ -115,7 +173,11 @@ pub struct Connection {
 
 impl Connection {
     /// Judges a finished TLS handshake.
-    fn establish(stream: TlsStream<TcpStream>, deadline: Instant) -> Result<Self, HandshakeError> {
+    fn establish(
+        stream: TlsStream<TcpStream>,
+        transport: Transport,
+        deadline: Instant,
+    ) -> Result<Self, HandshakeError> {
         let (_, tls) = stream.get_ref();
         if tls.alpn_protocol() != Some(ALPN) {
             return Err(HandshakeError::Alpn);
@@ -125,6 +187,7 @@ impl Connection {
         let chain = tls.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect();
         Ok(Self {
             stream,
+            transport,
             peer: leaf.identity,
             chain,
             peer_not_after_ms: leaf.not_after_ms,

@@ -103,7 +103,9 @@ impl Dialler {
             Transport::Tcp => dial(address, keys.client(), &timing.now(), clock).await,
             Transport::Tor => {
                 let via = Via { proxy: &timing.socks(), isolation: &self.isolation };
-                dial_tor(address, via, keys.client(), &timing.now(), clock).await
+                let dialled = dial_tor(address, via, keys.client(), &timing.now(), clock).await;
+                self.context.proxy.handle_dial(&dialled, clock.now());
+                dialled
             }
         }
     }

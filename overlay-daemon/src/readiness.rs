@@ -15,7 +15,7 @@ use crate::clock::Clock;
 use crate::hub::{Heartbeat, Input};
 use crate::kms::Keys;
 use crate::metrics::Metrics;
-use crate::transport::Descriptors;
+use crate::transport::{Descriptors, Proxy};
 
 /// Between two judgements.
 const EVERY: Duration = Duration::from_millis(200);
@@ -38,6 +38,8 @@ pub struct Watch {
     pub descriptors: Descriptors,
     /// Whether the configuration's files are in use as they are now.
     pub taken_up: watch::Receiver<bool>,
+    /// How Tor's proxy was last found.
+    pub proxy: Proxy,
     /// Certificates and trust.
     pub keys: Arc<Keys>,
     /// The one clock.
@@ -88,6 +90,7 @@ impl Watch {
             listeners: self.health.is_good(self.clock.now()),
             bus_age_ms: self.clock.now().since(beat.at),
             kms: expired.then_some("this daemon's certificate has expired"),
+            proxy: self.proxy.problem(self.clock.now()),
             config: (!*self.taken_up.borrow()).then_some(NOT_TAKEN_UP),
             queues_percent: beat.pressure,
             memory_percent: beat.memory,

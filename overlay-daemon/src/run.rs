@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use overlay_core::config::{DaemonConfig, PeersConfig};
+use overlay_core::config::{DaemonConfig, PeersConfig, Transport};
 use overlay_core::control::Incarnation;
 use overlay_core::node::Node;
 use overlay_core::readiness::Report;
@@ -143,6 +143,14 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
     let listener = Listener::bind(listen, timing_now.clone(), descriptors.clone(), clock)
         .await
         .with_context(|| format!("overlay.listen: cannot listen on {listen}"))?;
+    let onion = match config.tor.listen {
+        None => None,
+        Some(at) => {
+            let timing = timing_now.of(Transport::Tor);
+            let listener = Listener::bind(at, timing, descriptors.clone(), clock).await;
+            Some(listener.with_context(|| format!("tor.listen: cannot listen on {at}"))?)
+        }
+    };
     let unix = &config.unix;
     let local = LocalListener::bind(&unix.socket, &unix.allow_uids, timing_now.clone(), descriptors.clone(), clock)
         .context("unix.socket")?;
@@ -151,6 +159,7 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
         .await
         .with_context(|| format!("observability.metrics: cannot listen on {metrics_at}"))?;
     let (address, admin_address) = (listener.local_addr()?, admin_socket.local_addr()?);
+    let onion_address = onion.as_ref().map(Listener::local_addr).transpose()?;
 
     let incarnation = incarnation()?;
     let identity = keys.current().identity().clone();
@@ -217,6 +226,7 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
             health: health.clone(),
             descriptors,
             taken_up: is_taken_up,
+            proxy: context.proxy.clone(),
             keys: Arc::clone(&keys),
             clock,
             report,
@@ -229,11 +239,13 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
     let (watched, reload_metrics, reload_stop) = (Arc::clone(&keys), Arc::clone(&metrics), stop.all.clone());
     helping.spawn(async move { watched.watch(reload_metrics, clock, is_asked, reload_stop).await });
     let mut accepting = JoinSet::new();
-    accepting.spawn(accept::tls(listener, keys, context.clone(), health.clone(), stop.clone()));
+    for listener in [Some(listener), onion].into_iter().flatten() {
+        accepting.spawn(accept::tls(listener, Arc::clone(&keys), context.clone(), health.clone(), stop.clone()));
+    }
     accepting.spawn(accept::local(local, context, health, stop.clone()));
 
     tracing::info!(
-        name = %peers.name, %identity, %address, admin = %admin_address, socket = %config.unix.socket.display(),
+        name = %peers.name, %identity, %address, onion = onion_address.map(tracing::field::display), admin = %admin_address, socket = %config.unix.socket.display(),
         peers = peers.peers.len(), version = env!("CARGO_PKG_VERSION"), "listening"
     );
     Ok(Daemon { config, hub, heartbeat, draining, stop, accepting, helping, serving })

@@ -29,7 +29,7 @@ use crate::gate::Gate;
 use crate::hub::{Batch, Input};
 use crate::kms::{KeyExchangeGroup, Verifier};
 use crate::metrics::Metrics;
-use crate::transport::{Connection, LocalConnection, Timing};
+use crate::transport::{Connection, LocalConnection, Proxy, Timing};
 
 /// Bytes that a read makes room for while much comes. A frame that claims more gets more as it
 /// comes, never for its claim alone.
@@ -95,6 +95,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     /// What readers hold.
     pub reading: Reading,
+    /// How Tor's proxy was last found.
+    pub proxy: Proxy,
     ids: Arc<AtomicU64>,
 }
 
@@ -117,6 +119,7 @@ impl Context {
             clock,
             metrics,
             reading: Reading::default(),
+            proxy: Proxy::default(),
             ids: Arc::new(AtomicU64::new(1)),
         }
     }

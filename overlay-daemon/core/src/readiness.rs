@@ -40,6 +40,9 @@ pub struct Facts {
     /// The configuration's files, as they are now, are in use. Where they are not, what was
     /// in use before still is: that is no reason not to be ready, and is said all the same.
     pub config: Option<&'static str>,
+    /// Why peers cannot be dialled over Tor. Those of other transports can: that alone is no
+    /// reason not to be ready, and is said all the same.
+    pub proxy: Option<String>,
     /// How full queues and in-flight are, 0 to 100: see [`crate::node::Node::pressure`].
     pub queues_percent: u8,
     /// How much of the memory budget is used, 0 to 100: see [`crate::memory`]. Part of the
@@ -102,7 +105,7 @@ impl Gate {
             condition("listeners", facts.listeners, "accepting connections fails"),
             condition("bus", bus, "the hub has not answered for a second"),
             counted("config", true, facts.config.unwrap_or_default().to_owned()),
-            condition("transport", facts.listeners && facts.kms.is_none(), "no session can be accepted or dialled"),
+            transport(facts),
             condition("kms", facts.kms.is_none(), facts.kms.unwrap_or_default()),
             counted(
                 "queues",
@@ -131,6 +134,12 @@ impl Gate {
 
 fn condition(name: &'static str, ok: bool, otherwise: &str) -> Condition {
     Condition { name, ok, reason: if ok { String::new() } else { otherwise.to_owned() }, since_ms: 0 }
+}
+
+fn transport(facts: &Facts) -> Condition {
+    let ok = facts.listeners && facts.kms.is_none();
+    let reason = if ok { facts.proxy.as_deref().unwrap_or_default() } else { "no session can be accepted or dialled" };
+    counted("transport", ok, reason.to_owned())
 }
 
 fn counted(name: &'static str, ok: bool, reason: String) -> Condition {
@@ -167,12 +176,27 @@ mod tests {
             (Facts { memory_percent: 90, ..with_peer.clone() }, vec!["queues"]),
             (Facts { config: Some("refused"), ..with_peer.clone() }, vec![]),
             (Facts { descriptors_percent: 95, ..with_peer.clone() }, vec!["descriptors"]),
+            (Facts { proxy: Some("down".into()), ..with_peer.clone() }, vec![]),
             (Facts { draining: true, ..with_peer.clone() }, vec!["draining"]),
             (calm(), vec!["peers"]),
         ] {
             let report = Gate::new(config.clone()).handle_facts(&facts, at(5));
             assert_eq!((missing(&report), report.ready), (want.clone(), want.is_empty()));
         }
+    }
+
+    /// A proxy that is down is named, and is no reason not to be ready.
+    #[test]
+    fn a_proxy_that_is_down_is_named() {
+        let reason = |facts: Facts| {
+            let report = Gate::new(Readiness::default()).handle_facts(&facts, at(0));
+            report.conditions.into_iter().find(|c| c.name == "transport").map(|c| (c.ok, c.reason)).unwrap()
+        };
+        let down = Facts { proxy: Some("cannot use the SOCKS proxy".into()), ..calm() };
+        assert_eq!(reason(down.clone()), (true, "cannot use the SOCKS proxy".into()));
+        assert_eq!(reason(calm()), (true, String::new()));
+        let worse = Facts { listeners: false, ..down };
+        assert_eq!(reason(worse), (false, "no session can be accepted or dialled".into()));
     }
 
     /// G-3: writes shed first, `/readyz` flips next, and both return below `recover`.

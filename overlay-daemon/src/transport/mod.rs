@@ -34,7 +34,7 @@ pub use dial::{DialError, dial};
 pub use listen::{AcceptError, Accepted, Listener};
 pub use pace::{EXHAUSTED_PAUSE, is_callers};
 pub use socks::{Isolation, Reply, SocksError};
-pub use tor::{Via, dial_tor};
+pub use tor::{Proxy, Via, dial_tor};
 pub use unix::{LocalConnection, LocalError, LocalListener};
 
 /// The timeouts and caps of a transport (I-2).

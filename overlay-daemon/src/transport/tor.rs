@@ -3,9 +3,11 @@
 
 use std::sync::Arc;
 
+use overlay_core::Millis;
 use overlay_core::config::Transport;
 use rustls::ClientConfig;
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::time::timeout_at;
 
 use super::dial::{late, secure};
@@ -20,6 +22,37 @@ pub struct Via<'a> {
     pub proxy: &'a str,
     /// What no other peer shares.
     pub isolation: &'a Isolation,
+}
+
+/// How dialling last found the proxy; clones share it. Where nobody dials over Tor any more, what
+/// was found is forgotten after a while.
+#[derive(Clone, Debug)]
+pub struct Proxy(watch::Sender<Option<(Millis, String)>>);
+
+impl Default for Proxy {
+    fn default() -> Self {
+        Self(watch::channel(None).0)
+    }
+}
+
+impl Proxy {
+    /// Longer than any pause between two dials of one peer.
+    const REMEMBERED_MS: u64 = 60_000;
+
+    /// A dial went through the proxy, or did not.
+    pub fn handle_dial<T>(&self, dialled: &Result<T, DialError>, now: Millis) {
+        self.0.send_replace(match dialled {
+            Err(error @ DialError::Proxy { .. }) => Some((now, error.to_string())),
+            _ => None,
+        });
+    }
+
+    /// Why it cannot be used, if that is so.
+    #[must_use]
+    pub fn problem(&self, now: Millis) -> Option<String> {
+        let last = self.0.borrow();
+        last.as_ref().filter(|(at, _)| now.since(*at) < Self::REMEMBERED_MS).map(|(_, why)| why.clone())
+    }
 }
 
 /// As [`super::dial`], through Tor: the deadline covers circuits too, and `address` is the proxy's
@@ -48,3 +81,6 @@ pub async fn dial_tor(
         Err(_) => Err(DialError::Refused { address: address.to_owned(), proxy: proxy(), source: late().into() }),
     }
 }
+
+#[cfg(test)]
+mod tests;

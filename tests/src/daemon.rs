@@ -48,15 +48,37 @@ impl Daemon {
         Self::start_under(&[], change)
     }
 
+    /// The same as the daemon of a mesh: with this name and these peers, and the authority that
+    /// all of them believe.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_in_mesh(
+        authority: Arc<Authority>,
+        peers: PeersConfig,
+        change: impl FnOnce(&mut DaemonConfig),
+    ) -> Result<Self> {
+        Self::start_with(&[], authority, peers, change)
+    }
+
     /// The same under limits: options of prlimit(1).
     ///
     /// # Errors
     /// As [`Self::start`].
     pub fn start_under(limits: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+        let peers = PeersConfig { format: config::FORMAT, name: "target".to_owned(), peers: Vec::new() };
+        Self::start_with(limits, Arc::new(Authority::new()?), peers, change)
+    }
+
+    fn start_with(
+        limits: &[&str],
+        authority: Arc<Authority>,
+        peers: PeersConfig,
+        change: impl FnOnce(&mut DaemonConfig),
+    ) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("overlay-daemon-").tempdir_in("/dev/shm")?;
         let home = tempfile::Builder::new().prefix("overlay-daemon-").tempdir()?;
-        let authority = Arc::new(Authority::new()?);
-        let config = write(folder.path(), &authority, change)?;
+        let config = write(folder.path(), &authority, &peers, change)?;
         let daemon = programs::built("overlay-daemon")?;
         let program = if limits.is_empty() { daemon.clone() } else { PathBuf::from("prlimit") };
         let mut process = Process::start("overlay-daemon", &program, &folder.path().join("log"), |command| {
@@ -136,6 +158,17 @@ impl Daemon {
         }
         ensure!(http::get(self.admin, "/healthz")?.status == 200, "/healthz");
         Ok(())
+    }
+
+    /// What `/readyz` says of a condition: whether it holds, and why.
+    ///
+    /// # Errors
+    /// It names no such condition.
+    pub fn condition(&self, name: &str) -> Result<(bool, String)> {
+        let body: Value = serde_json::from_str(&http::get(self.admin, "/readyz")?.body)?;
+        let conditions = body["conditions"].as_array().with_context(|| format!("no conditions in {body}"))?;
+        let found = conditions.iter().find(|c| c["name"] == name).with_context(|| format!("no {name} in {body}"))?;
+        Ok((found["ok"] == true, found["reason"].as_str().unwrap_or_default().to_owned()))
     }
 
     /// Whether `/readyz` answers 200.
@@ -239,7 +272,12 @@ impl Daemon {
 }
 
 /// Writes the daemon's files; the path of the first.
-fn write(folder: &Path, authority: &Authority, change: impl FnOnce(&mut DaemonConfig)) -> Result<PathBuf> {
+fn write(
+    folder: &Path,
+    authority: &Authority,
+    peers: &PeersConfig,
+    change: impl FnOnce(&mut DaemonConfig),
+) -> Result<PathBuf> {
     let (certificate, key) = authority.leaf_pem(NODE)?;
     let peer = authority.token(&Authority::claims(NODE)?)?;
     for (name, text) in [
@@ -263,7 +301,6 @@ fn write(folder: &Path, authority: &Authority, change: impl FnOnce(&mut DaemonCo
     let mut config = DaemonConfig::with_defaults(Profile::Macronode, loopback, loopback, tls, token, socket);
     config.drain = config::Drain { delay_ms: 0, timeout_ms: 5_000 };
     change(&mut config);
-    let peers = PeersConfig { format: config::FORMAT, name: "target".to_owned(), peers: Vec::new() };
     fs::write(folder.join("peers.toml"), peers.to_toml()?)?;
     fs::write(folder.join("overlay.toml"), config.to_toml()?)?;
     Ok(folder.join("overlay.toml"))

@@ -1,5 +1,5 @@
 //! What the whole-program tests share: where the built programs are, a child process that
-//! never outlives its test, polling to a deadline, a Kubernetes control plane on loopback, and a Kubernetes node.
+//! never outlives its test, polling to a deadline, a Kubernetes control plane on loopback, a Kubernetes node, and a Tor network.
 //! It asserts nothing; the test targets beside it do.
 
 pub mod cases;
@@ -15,5 +15,6 @@ pub mod programs;
 pub mod subscriber;
 #[cfg(test)]
 mod tables;
+pub mod tor;
 pub mod trust;
 pub mod wait;

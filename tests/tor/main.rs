@@ -1,0 +1,24 @@
+//! Sessions over Tor: real daemons, and a private network of real `tor` processes between them.
+//! One network for all cases, torn down at the end.
+
+mod peers;
+mod proxy;
+mod world;
+
+use std::process::ExitCode;
+
+use overlay_tests::cases::{self, Case};
+
+use world::World;
+
+const CASES: [Case<World>; 5] = [
+    ("three_daemons_become_peers_by_onion_services", peers::three_daemons_become_peers_by_onion_services),
+    ("messages_flow_both_ways", peers::messages_flow_both_ways),
+    ("each_peer_has_a_circuit_of_its_own", peers::each_peer_has_a_circuit_of_its_own),
+    ("an_onion_address_is_no_identity", peers::an_onion_address_is_no_identity),
+    ("a_proxy_that_is_down_is_named_and_tried_again", proxy::a_proxy_that_is_down_is_named_and_tried_again),
+];
+
+fn main() -> ExitCode {
+    cases::run(World::start, &CASES)
+}

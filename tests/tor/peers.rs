@@ -83,7 +83,7 @@ pub(crate) fn each_peer_has_a_circuit_of_its_own(world: &World) -> Result<()> {
 /// Who answers at an onion address is judged by its certificate, as anywhere.
 pub(crate) fn an_onion_address_is_no_identity(world: &World) -> Result<()> {
     let wanted = "spiffe://overlay.test/ns/test/overlaynode/other";
-    let peer = Peer { name: "other".to_owned(), identity: wanted.parse()?, ..world.peer(NAMES[0])? };
+    let peer = Peer { name: "somebody".to_owned(), identity: wanted.parse()?, ..world.peer(NAMES[0])? };
     let socks = world.network.client().socks.to_string();
     let daemon = world.daemon("doubtful", vec![peer], |config| config.tor.socks = socks)?;
     wait::until("it to be refused by name", LIMIT, || {

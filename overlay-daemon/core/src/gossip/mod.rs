@@ -229,6 +229,9 @@ impl Engine {
         if !self.tenants.contains(&tenant) {
             return Err(Reason::Auth);
         }
+        if matches!(record, Record::Message { .. } | Record::Begin { .. } | Record::Piece(_)) {
+            self.wanted.hear(link, now);
+        }
         match record {
             Record::Message { hops, envelope, payload } => {
                 let Some(id) = self.check(link, tenant, hops, &envelope, unix_ms, out)? else { return Ok(Vec::new()) };

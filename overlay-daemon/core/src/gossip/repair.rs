@@ -10,8 +10,10 @@ use crate::record::{MAX_ANNOUNCED, MessageId, Record};
 
 /// Announced messages that may be awaited from one link.
 const MAX_WANTED_A_LINK: usize = 8_192;
-/// Times that a message is asked for before it is given up.
-const MAX_ASKED: u8 = 10;
+/// Times that a message is asked for in vain before it is given up: nothing at all came from
+/// whoever was asked. A link that is only slow, by its bucket or its line, is asked for as long
+/// as the window lasts; after that the message would be too old to be taken.
+const MAX_IN_VAIN: u8 = 10;
 /// Messages asked of one link and not come yet: what is asked for beyond what a lane takes
 /// would not be sent, and count as asked.
 const MAX_ASKED_A_LINK: usize = 64;
@@ -20,12 +22,13 @@ const MAX_ASKED_A_LINK: usize = 64;
 struct Want {
     tenant: TenantId,
     holders: LinkSet,
-    /// Who is asked next: each holder in turn.
-    turn: usize,
-    asked: u8,
+    since: Millis,
+    /// How often it was asked for, which says who is asked next: each holder in turn.
+    asked: usize,
+    in_vain: u8,
     at: Millis,
-    /// Who was asked, until `at`.
-    asked_of: Option<LinkId>,
+    /// Who was asked and when; they have until `at`.
+    asked_of: Option<(LinkId, Millis)>,
     /// Whose quota it counts against.
     first: LinkId,
 }
@@ -35,6 +38,8 @@ struct Want {
 pub(super) struct Wanted {
     wants: BTreeMap<MessageId, Want>,
     quota: BTreeMap<LinkId, usize>,
+    /// When a link last brought a message, or a piece of one.
+    heard: BTreeMap<LinkId, Millis>,
 }
 
 impl Wanted {
@@ -52,7 +57,16 @@ impl Wanted {
         holders.insert(link);
         self.wants.insert(
             id,
-            Want { tenant, holders, turn: 0, asked: 0, at: now.after(GRAFT_MS), asked_of: None, first: link },
+            Want {
+                tenant,
+                holders,
+                since: now,
+                asked: 0,
+                in_vain: 0,
+                at: now.after(GRAFT_MS),
+                asked_of: None,
+                first: link,
+            },
         );
     }
 
@@ -71,8 +85,42 @@ impl Wanted {
         }
     }
 
+    /// A link brings messages: it is alive, however long those that it was asked for take.
+    pub(super) fn hear(&mut self, link: LinkId, now: Millis) {
+        self.heard.insert(link, now);
+    }
+
     pub(super) fn forget_link(&mut self, link: LinkId) {
+        self.heard.remove(&link);
         self.wants.values_mut().for_each(|want| want.holders.remove(link));
+    }
+
+    /// What may be asked for now, least asked for first, so that nothing is given up for want
+    /// of a turn; and how many messages each link was asked for that may still come.
+    fn due(&self, now: Millis) -> (Vec<MessageId>, BTreeMap<LinkId, usize>) {
+        let mut under_way: BTreeMap<LinkId, usize> = BTreeMap::new();
+        let mut due = Vec::new();
+        for (id, want) in &self.wants {
+            match want.asked_of {
+                _ if now >= want.at => due.push((want.asked, *id)),
+                Some((link, _)) => *under_way.entry(link).or_default() += 1,
+                None => {}
+            }
+        }
+        due.sort_unstable();
+        (due.into_iter().map(|(_, id)| id).collect(), under_way)
+    }
+
+    /// Whether there is no use in asking for it again: nobody has it, nobody answers, or it is
+    /// older than `window_ms`.
+    fn is_hopeless(&mut self, id: MessageId, window_ms: u64, now: Millis) -> bool {
+        let Some(want) = self.wants.get_mut(&id) else { return true };
+        if let Some((link, at)) = want.asked_of.take()
+            && self.heard.get(&link).is_none_or(|heard| *heard < at)
+        {
+            want.in_vain += 1;
+        }
+        want.holders.iter().next().is_none() || want.in_vain >= MAX_IN_VAIN || now.since(want.since) >= window_ms
     }
 
     fn next(&self) -> Option<Millis> {
@@ -160,29 +208,17 @@ impl Engine {
     }
 
     fn ask(&mut self, now: Millis, out: &mut impl Outlet) {
-        let mut under_way: BTreeMap<LinkId, usize> = BTreeMap::new();
-        let mut due = Vec::new();
-        for (id, want) in &self.wanted.wants {
-            match want.asked_of {
-                _ if now >= want.at => due.push((want.asked, *id)),
-                Some(link) => *under_way.entry(link).or_default() += 1,
-                None => {}
-            }
-        }
-        // What was asked for least goes first, so that nothing is given up for want of a turn.
-        due.sort_unstable();
-        for (asked, id) in due {
-            let Some(want) = self.wanted.wants.get_mut(&id) else { continue };
-            let holders: Vec<LinkId> = want.holders.iter().collect();
-            if holders.is_empty() || asked >= MAX_ASKED {
+        let (due, mut under_way) = self.wanted.due(now);
+        for id in due {
+            if self.wanted.is_hopeless(id, self.config.dedupe_window_ms, now) {
                 self.wanted.remove(id);
                 self.counts.lost += 1;
                 continue;
             }
-            want.asked_of = None;
+            let Some(want) = self.wanted.wants.get_mut(&id) else { continue };
             want.at = now.after(ANNOUNCE_MS);
-            let turn = want.turn % holders.len();
-            let (later, next) = holders.split_at(turn);
+            let holders: Vec<LinkId> = want.holders.iter().collect();
+            let (later, next) = holders.split_at(want.asked % holders.len());
             let free = |link: &&LinkId| under_way.get(link).is_none_or(|count| *count < MAX_ASKED_A_LINK);
             let Some(link) = next.iter().chain(later).find(free).copied() else { continue };
             let tenant = want.tenant;
@@ -193,9 +229,8 @@ impl Engine {
             *under_way.entry(link).or_default() += 1;
             if let Some(want) = self.wanted.wants.get_mut(&id) {
                 want.at = now.after(GRAFT_MS);
-                want.asked_of = Some(link);
-                want.asked += 1;
-                want.turn += 1;
+                want.asked_of = Some((link, now));
+                want.asked = want.asked.wrapping_add(1);
             }
         }
     }
@@ -211,7 +246,7 @@ impl Engine {
             assembly.progress = now;
             assembly.asked += 1;
             let holders: Vec<LinkId> = assembly.holders.iter().collect();
-            if holders.is_empty() || assembly.asked > MAX_ASKED {
+            if holders.is_empty() || assembly.asked > MAX_IN_VAIN {
                 let mut others = assembly.holders;
                 others.remove(assembly.from);
                 given_up.push((id, assembly.tenant, others));

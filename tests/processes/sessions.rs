@@ -3,7 +3,7 @@
 //! core's codec, not the daemon's own.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -28,6 +28,7 @@ on_both_profiles!(
     a_byte_over_a_mebibyte_is_413,
     a_broken_frame_is_told_and_ends_the_session,
     every_start_needs_its_own_token,
+    a_goodbye_is_answered,
 );
 
 /// One daemon, and the trust that its own replicas would have.
@@ -206,5 +207,15 @@ fn every_start_needs_its_own_token(profile: Profile) -> Result<()> {
         wire.receive()?.is_some_and(|answer| answer.code == 200 && answer.payload.len() == 32),
         "accepted, and named"
     );
+    Ok(())
+}
+
+/// RFC 8446, 6.1: who says goodbye in TLS hears one, or its library would report an attack.
+fn a_goodbye_is_answered(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
+    let (mut wire, _) = target.offer()?.greet(target.daemon.address)?;
+    wire.stream.conn.send_close_notify();
+    wire.stream.flush()?;
+    ensure!(wire.stream.read(&mut [0])? == 0, "it says more");
     Ok(())
 }

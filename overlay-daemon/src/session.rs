@@ -4,7 +4,9 @@
 //!
 //! A session that the hub closes is closed for writing first, and what still comes is read
 //! until the other side has closed too: a socket that is closed with bytes unread resets the
-//! connection, and what was sent last could be lost on its way (S5).
+//! connection, and what was sent last could be lost on its way (S5). A session that the other
+//! side closes in order is closed in order here too: TLS libraries take anything else for an
+//! attack (RFC 8446, 6.1).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -190,7 +192,7 @@ impl Context {
         tasks.spawn(Reader { id, holder, gate, context: self.clone() }.run(read).instrument(span.clone()));
         tasks.spawn(send_batches(id, write, batches, self.clone()).instrument(span));
         tokio::select! {
-            () = self.first_end(&mut tasks) => {}
+            () = self.first_end(id, &mut tasks) => {}
             () = over => {}
         }
         tasks.shutdown().await;
@@ -198,13 +200,18 @@ impl Context {
     }
 
     /// Waits until a session's tasks are of no more use. Whichever ends first ends the other: a
-    /// half-open session helps nobody. Only the reader's end at a broken frame waits for the
-    /// writer to tell of it, and the writer's end for what the other side still sends.
-    async fn first_end(&self, tasks: &mut JoinSet<Ended>) {
+    /// half-open session helps nobody. Only the reader's end waits for the writer, to tell of a
+    /// broken frame or to say goodbye, and the writer's end for what the other side still sends.
+    async fn first_end(&self, id: SessionId, tasks: &mut JoinSet<Ended>) {
         loop {
             match tasks.join_next().await {
                 None | Some(Ok(Ended::Gone)) => return,
                 Some(Ok(Ended::BrokenFrame)) => {}
+                Some(Ok(Ended::Left)) => {
+                    // The hub lets go of the writer, which then closes its side.
+                    let _stopping = self.hub.send(Input::Closed(id)).await;
+                    return drop(timeout(LINGER, tasks.join_next()).await);
+                }
                 Some(Ok(Ended::Closed)) => return drop(timeout(LINGER, tasks.join_next()).await),
                 Some(Err(error)) => {
                     // This session alone ends (S6); the panic itself is in the log already.
@@ -222,6 +229,8 @@ impl Context {
 enum Ended {
     /// Nothing more will come, or can be sent.
     Gone,
+    /// The other side closed in order.
+    Left,
     /// The writer has a refusal to send, and then closes.
     BrokenFrame,
     /// The hub closed the session, and all that it had to send has left.
@@ -281,7 +290,11 @@ impl Reader {
                     }
                 },
             };
-            let Ok(bytes @ 1..) = bytes else { return Ended::Gone };
+            let bytes = match bytes {
+                Ok(0) => return Ended::Left,
+                Ok(bytes) => bytes,
+                Err(_) => return Ended::Gone,
+            };
             room = if bytes == space { READ_BYTES } else { REST_BYTES };
         }
     }

@@ -40,23 +40,24 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts one, with what `change` makes of the defaults of a Macronode. It is ready.
+    /// Starts one, with what `change` makes of the defaults of its profile: with amnesia on a
+    /// Micronode, without it on a Macronode. It is ready.
     ///
     /// # Errors
     /// It does not start, with its log.
-    pub fn start(change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
-        Self::start_under(&[], change)
+    pub fn start(profile: Profile, change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+        Self::start_under(profile, &[], change)
     }
 
     /// The same under limits: options of prlimit(1).
     ///
     /// # Errors
     /// As [`Self::start`].
-    pub fn start_under(limits: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+    pub fn start_under(profile: Profile, limits: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("overlay-daemon-").tempdir_in("/dev/shm")?;
         let home = tempfile::Builder::new().prefix("overlay-daemon-").tempdir()?;
         let authority = Arc::new(Authority::new()?);
-        let config = write(folder.path(), &authority, change)?;
+        let config = write(folder.path(), &authority, profile, change)?;
         let daemon = programs::built("overlay-daemon")?;
         let program = if limits.is_empty() { daemon.clone() } else { PathBuf::from("prlimit") };
         let mut process = Process::start("overlay-daemon", &program, &folder.path().join("log"), |command| {
@@ -239,7 +240,12 @@ impl Daemon {
 }
 
 /// Writes the daemon's files; the path of the first.
-fn write(folder: &Path, authority: &Authority, change: impl FnOnce(&mut DaemonConfig)) -> Result<PathBuf> {
+fn write(
+    folder: &Path,
+    authority: &Authority,
+    profile: Profile,
+    change: impl FnOnce(&mut DaemonConfig),
+) -> Result<PathBuf> {
     let (certificate, key) = authority.leaf_pem(NODE)?;
     let peer = authority.token(&Authority::claims(NODE)?)?;
     for (name, text) in [
@@ -260,7 +266,8 @@ fn write(folder: &Path, authority: &Authority, change: impl FnOnce(&mut DaemonCo
     };
     let token = config::Token { keys: folder.join("keys.json"), file: folder.join("peer") };
     let socket = folder.join("socket");
-    let mut config = DaemonConfig::with_defaults(Profile::Macronode, loopback, loopback, tls, token, socket);
+    let mut config = DaemonConfig::with_defaults(profile, loopback, loopback, tls, token, socket);
+    config.overlay.amnesia = profile == Profile::Micronode;
     config.drain = config::Drain { delay_ms: 0, timeout_ms: 5_000 };
     change(&mut config);
     let peers = PeersConfig { format: config::FORMAT, name: "target".to_owned(), peers: Vec::new() };

@@ -1,5 +1,6 @@
 //! Whole daemons joined in virtual time: every frame takes a millisecond, nothing is real.
 
+mod hostile;
 mod joined;
 mod oracle;
 mod pace;

@@ -112,7 +112,13 @@ fn counted(node: &Node) -> u64 {
         });
         open.sum::<u64>()
     };
-    let own = |entry: &Entry| crate::memory::SESSION_BYTES + entry.lanes.cost() + entry.writing + uploads(entry);
+    let streams = |entry: &Entry| {
+        let theirs = entry.session.streams().filter(|(_, stream)| !stream.ours);
+        theirs.map(|(_, stream)| stream.kind.cost()).sum::<u64>()
+    };
+    let own = |entry: &Entry| {
+        crate::memory::SESSION_BYTES + entry.lanes.cost() + entry.writing + uploads(entry) + streams(entry)
+    };
     node.sessions.values().map(own).sum()
 }
 

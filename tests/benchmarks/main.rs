@@ -1,0 +1,84 @@
+//! `tests/bench`: the speed of sessions, beside nats-server and beside what rustls and sockets
+//! cost by themselves, in one run, taking turns. Prints tables; asserts nothing.
+
+mod dialect;
+mod fanout;
+mod figures;
+mod floor;
+mod link;
+mod machine;
+mod servers;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use overlay_tests::daemon::raise_descriptors;
+
+use machine::Cores;
+
+/// The speed of sessions, beside nats-server and beside rustls and sockets alone.
+///
+/// Servers run on one core and the generator on another; every figure is the median of the
+/// rounds, with the least and the most. All traffic stays on loopback.
+#[derive(Parser)]
+#[command(name = "tests/bench", bin_name = "tests/bench", version)]
+struct Arguments {
+    /// Rounds of each row
+    #[arg(long, default_value_t = 3, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
+    repeat: u32,
+    /// A quarter of the time and of the sessions, for trying
+    #[arg(long, global = true)]
+    short: bool,
+    /// All rows but `sessions`, without one
+    #[command(subcommand)]
+    row: Option<Row>,
+}
+
+#[derive(Clone, Copy, Subcommand)]
+enum Row {
+    /// One publisher to 8 subscribers: processor time of the server for each message delivered
+    Fanout,
+}
+
+/// How long and how often.
+#[derive(Clone, Copy)]
+struct Scale {
+    repeat: u32,
+    short: bool,
+}
+
+impl Scale {
+    fn time(self, whole: Duration) -> Duration {
+        if self.short { whole / 4 } else { whole }
+    }
+}
+
+fn main() -> ExitCode {
+    // Not for people: how the floor is started.
+    let mut arguments = std::env::args_os().skip(1);
+    let ended = match (arguments.next(), arguments.next()) {
+        (Some(word), Some(trust)) if word == "serve-floor" => floor::serve(trust.as_ref()),
+        _ => bench(&Arguments::parse()),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench(arguments: &Arguments) -> Result<()> {
+    let cores = Cores::find()?;
+    let scale = Scale { repeat: arguments.repeat, short: arguments.short };
+    raise_descriptors()?;
+    println!("{}", machine::describe());
+    println!("daemon: {}", servers::RAISED);
+    match arguments.row {
+        Some(Row::Fanout) => fanout::rows(&cores, scale),
+        None => fanout::rows(&cores, scale),
+    }
+}

@@ -7,6 +7,10 @@ use std::fmt;
 pub(crate) struct Figures(Vec<f64>);
 
 impl Figures {
+    pub(crate) const fn new() -> Self {
+        Self(Vec::new())
+    }
+
     pub(crate) fn push(&mut self, figure: f64) {
         self.0.push(figure);
         self.0.sort_by(f64::total_cmp);
@@ -17,7 +21,7 @@ impl Figures {
         (self.0.get(low).copied().unwrap_or(f64::NAN) + self.0.get(high).copied().unwrap_or(f64::NAN)) / 2.0
     }
 
-    /// Each round's as a multiple of the same round's of `floor`: `pushed` in the same order.
+    /// One of each.
     pub(crate) fn of_rounds(rounds: impl IntoIterator<Item = f64>) -> Self {
         let mut figures = Self::default();
         rounds.into_iter().for_each(|figure| figures.push(figure));

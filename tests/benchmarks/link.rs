@@ -103,6 +103,12 @@ impl Link {
         Ok(true)
     }
 
+    /// The socket alone, for a session that is held and never used: the generator's memory is not
+    /// what is measured.
+    pub(crate) fn into_socket(self) -> TcpStream {
+        self.socket
+    }
+
     /// From now on nothing blocks.
     pub(crate) fn unblock(&self) -> Result<()> {
         Ok(self.socket.set_nonblocking(true)?)

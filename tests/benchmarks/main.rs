@@ -1,10 +1,14 @@
 //! `tests/bench`: the speed of sessions, beside nats-server and beside what rustls and sockets
 //! cost by themselves, in one run, taking turns. Prints tables; asserts nothing.
 
+mod accept;
+mod codec;
 mod dialect;
 mod fanout;
 mod figures;
 mod floor;
+mod idle;
+mod latency;
 mod link;
 mod machine;
 mod servers;
@@ -40,6 +44,14 @@ struct Arguments {
 enum Row {
     /// One publisher to 8 subscribers: processor time of the server for each message delivered
     Fanout,
+    /// The same at 2,000 messages a second: latency
+    Latency,
+    /// 10,000 sessions at rest: memory resident for each
+    Idle,
+    /// New sessions: processor time of the server for each
+    Accept,
+    /// Decoding frames
+    Codec,
 }
 
 /// How long and how often.
@@ -51,6 +63,10 @@ struct Scale {
 
 impl Scale {
     fn time(self, whole: Duration) -> Duration {
+        if self.short { whole / 4 } else { whole }
+    }
+
+    fn count(self, whole: u32) -> u32 {
         if self.short { whole / 4 } else { whole }
     }
 }
@@ -79,6 +95,16 @@ fn bench(arguments: &Arguments) -> Result<()> {
     println!("daemon: {}", servers::RAISED);
     match arguments.row {
         Some(Row::Fanout) => fanout::rows(&cores, scale),
-        None => fanout::rows(&cores, scale),
+        Some(Row::Latency) => latency::rows(&cores, scale),
+        Some(Row::Idle) => idle::rows(&cores, scale),
+        Some(Row::Accept) => accept::rows(&cores, scale),
+        Some(Row::Codec) => codec::rows(scale),
+        None => {
+            fanout::rows(&cores, scale)?;
+            latency::rows(&cores, scale)?;
+            idle::rows(&cores, scale)?;
+            accept::rows(&cores, scale)?;
+            codec::rows(scale)
+        }
     }
 }

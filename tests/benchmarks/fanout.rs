@@ -28,11 +28,13 @@ const AHEAD_MESSAGES: usize = 4_096;
 const BURST_BYTES: usize = 64 * 1024;
 const WARM_UP: Duration = Duration::from_millis(500);
 
+/// Bytes of a message, by default.
+pub(crate) const SIZES: [usize; 4] = [256, 1_024, 64 * 1_024, 900 * 1_024];
 /// How long one round of one server is looked at.
 const SPAN: Duration = Duration::from_secs(2);
 
 /// Prints the rows: for each size the floor, then who is measured beside it, as its multiple.
-pub(crate) fn rows(cores: &Cores, scale: Scale) -> Result<()> {
+pub(crate) fn rows(cores: &Cores, scale: Scale, sizes: &[usize]) -> Result<()> {
     let servers = Servers::start(cores)?;
     let (floor, broker) = (Load::Writer { apart: false }, Load::Broker);
     let measured = [
@@ -46,7 +48,7 @@ pub(crate) fn rows(cores: &Cores, scale: Scale) -> Result<()> {
         "| bytes | server | CPU ns a delivered message | multiple of the floor | delivered/s | server, generator: % of a core |"
     );
     println!("| --- | --- | --- | --- | --- | --- |");
-    for size in [256, 1_024, 64 * 1_024, 900 * 1_024] {
+    for &size in sizes {
         let mut rounds = vec![Vec::new(); measured.len()];
         for _ in 0..scale.repeat {
             for (place, (_, reach, process, load)) in measured.iter().enumerate() {

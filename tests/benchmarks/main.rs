@@ -12,6 +12,7 @@ mod latency;
 mod link;
 mod machine;
 mod servers;
+mod sessions;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -43,7 +44,11 @@ struct Arguments {
 #[derive(Clone, Copy, Subcommand)]
 enum Row {
     /// One publisher to 8 subscribers: processor time of the server for each message delivered
-    Fanout,
+    Fanout {
+        /// Messages of so many bytes alone
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+        bytes: Option<u32>,
+    },
     /// The same at 2,000 messages a second: latency
     Latency,
     /// 10,000 sessions at rest: memory resident for each
@@ -52,6 +57,9 @@ enum Row {
     Accept,
     /// Decoding frames
     Codec,
+    /// Ten minutes of 10,000 sessions that come and go: memory, refusals, readiness, an honest
+    /// client's latency
+    Sessions,
 }
 
 /// How long and how often.
@@ -94,13 +102,15 @@ fn bench(arguments: &Arguments) -> Result<()> {
     println!("{}", machine::describe());
     println!("daemon: {}", servers::RAISED);
     match arguments.row {
-        Some(Row::Fanout) => fanout::rows(&cores, scale),
+        Some(Row::Fanout { bytes: Some(bytes) }) => fanout::rows(&cores, scale, &[bytes as usize]),
+        Some(Row::Fanout { bytes: None }) => fanout::rows(&cores, scale, &fanout::SIZES),
+        Some(Row::Sessions) => sessions::rows(&cores, scale),
         Some(Row::Latency) => latency::rows(&cores, scale),
         Some(Row::Idle) => idle::rows(&cores, scale),
         Some(Row::Accept) => accept::rows(&cores, scale),
         Some(Row::Codec) => codec::rows(scale),
         None => {
-            fanout::rows(&cores, scale)?;
+            fanout::rows(&cores, scale, &fanout::SIZES)?;
             latency::rows(&cores, scale)?;
             idle::rows(&cores, scale)?;
             accept::rows(&cores, scale)?;

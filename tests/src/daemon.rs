@@ -185,9 +185,7 @@ impl Daemon {
     /// # Errors
     /// The process is gone.
     pub fn resident_kib(&self) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-        Ok(line.trim().trim_end_matches(" kB").parse()?)
+        self.process.resident_kib()
     }
 
     /// Processor time of all threads that it has.
@@ -195,12 +193,7 @@ impl Daemon {
     /// # Errors
     /// The process is gone.
     pub fn processor_time(&self) -> Result<Duration> {
-        let mut nanoseconds = 0;
-        for task in fs::read_dir(format!("/proc/{}/task", self.process.id()))? {
-            let text = fs::read_to_string(task?.path().join("schedstat"))?;
-            nanoseconds += text.split(' ').next().unwrap_or_default().parse::<u64>()?;
-        }
-        Ok(Duration::from_nanos(nanoseconds))
+        self.process.processor_time()
     }
 
     /// Connections that it has accepted and not closed, of TCP and of the Unix socket, as the

@@ -221,8 +221,7 @@ def is_refused_what_is_illegal(client):
         Frame(REQ, session.take_corr_id(), bytes(65), CONTROL),
     ):
         session.send(frame)
-        answer = session.answer(frame.corr_id)
-        assert answer.code == 400 and answer.refusal(), (frame, answer)
+        refused(session.answer(frame.corr_id), 400, end=frame is unknown)
     client.publish(session, messages, b"goes on")
     ends_with(client, struct.pack(">IHH", 38, 2, REQ).ljust(38, b"\0"), 400)
 

@@ -303,7 +303,9 @@ impl Node {
         match entry.session.handle_frame(frame, clock.now) {
             Ok(event) => Some(event),
             Err(refusal) => {
-                self.refuse(id, about, &refusal, false);
+                // A START is answered with END, but not where that would end another stream.
+                let fresh = entry.session.stream(about.corr_id).is_none();
+                self.refuse(id, about, &refusal, fresh && about.flags.has(Flags::START));
                 if was == State::Handshake {
                     self.close_when_sent(id);
                 }

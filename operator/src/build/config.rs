@@ -1,7 +1,7 @@
 //! The whole spec as a daemon's configuration. Defaults by profile come from
 //! [`overlay_core::config`]; nothing is defaulted here.
 
-use overlay_core::config::{self, DaemonConfig, FORMAT, Peer, PeersConfig};
+use overlay_core::config::{self, DaemonConfig, FORMAT, Peer, PeersConfig, Transport};
 use overlay_core::identity::SpiffeId;
 
 use super::names;
@@ -112,6 +112,7 @@ pub fn peers_config(
         name: names::daemon(node, other),
         address: address_of(other),
         identity: identity_of(other),
+        transport: Transport::default(),
     });
     PeersConfig { format: FORMAT, name: names::daemon(node, ordinal), peers: peers.collect() }
 }

@@ -319,7 +319,8 @@ impl Node {
             self.close_when_sent(id);
             return;
         }
-        let reply = HelloReply::of(self.hello.clone(), self.config.overlay.per_peer_inflight);
+        let reply = HelloReply::of(self.hello.clone(), self.config.overlay.per_peer_inflight)
+            .with_quic(self.config.overlay.listen_quic.is_some());
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let answer = entry.session.answer_hello(frame, &reply);
         self.push(id, Class::Control, answer);

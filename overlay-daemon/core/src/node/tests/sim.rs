@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
-use crate::config::{FORMAT, KeyExchange, Peer, Profile, Tls, Token};
+use crate::config::{FORMAT, KeyExchange, Peer, Profile, Tls, Token, Transport};
 use crate::control::{Open, json};
 use crate::grant::{Action, Claims, LOCAL_HOLDER, SignedBy, TokenKey};
 use crate::identity::TenantId;
@@ -62,7 +62,12 @@ impl Sim {
             change(&mut config);
             let others = (0..count).filter(|other| *other != n || count == 1);
             let peers = others
-                .map(|p| Peer { name: format!("node-{p}"), address: "x:1".into(), identity: identity(p) })
+                .map(|p| Peer {
+                    name: format!("node-{p}"),
+                    address: "x:1".into(),
+                    identity: identity(p),
+                    transport: Transport::Tcp,
+                })
                 .collect();
             let peers = PeersConfig { format: FORMAT, name: format!("node-{n}"), peers };
             Node::new(config, &peers, identity(n), Incarnation(n as u64 + 1), Millis(0))

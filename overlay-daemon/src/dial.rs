@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
-use overlay_core::config::Peer;
+use overlay_core::config::{Peer, Transport};
 use overlay_core::identity::SpiffeId;
 use overlay_core::status::Reason;
 use tokio::sync::watch;
@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::kms::{KeySet, Keys};
 use crate::session::Context;
-use crate::transport::{Connection, DialError, dial};
+use crate::transport::{Connection, DialError, dial, dial_quic};
 
 /// The first pause; it doubles up to [`LONGEST`], and is up to twice as long by jitter, so
 /// that a mesh that starts at once does not dial in step.
@@ -97,8 +97,11 @@ impl Dialler {
     /// A connection, and the keys that it was made with.
     async fn connect(&self) -> Result<(Connection, Arc<KeySet>), PeerError> {
         let keys = self.keys.current();
-        let connection =
-            dial(&self.peer.address, keys.client(), &self.context.timing.now(), self.context.clock).await?;
+        let (address, timing, clock) = (&self.peer.address, self.context.timing.now(), self.context.clock);
+        let connection = match self.peer.transport {
+            Transport::Tcp => dial(address, keys.client(), &timing, clock).await?,
+            Transport::Quic => dial_quic(address, &keys, &timing, clock, &self.context.endpoints).await?,
+        };
         self.context.metrics.key_exchange(connection.group);
         if !self.peer.identity.covers(&connection.peer) {
             self.context.metrics.rejected(Reason::Auth).inc();

@@ -13,9 +13,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use overlay_core::config::Transport;
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::grant::{Grant, Holder};
-use overlay_core::memory::WRITE_BYTES;
+use overlay_core::memory::{QUIC_WINDOW_BYTES, WRITE_BYTES};
 use overlay_core::node::{Opening, SessionId};
 use overlay_core::status::{Reason, Refusal, Status};
 use overlay_core::{codec, compress};
@@ -31,7 +32,7 @@ use crate::gate::Gate;
 use crate::hub::{Batch, Input};
 use crate::kms::{KeyExchangeGroup, Verifier};
 use crate::metrics::Metrics;
-use crate::transport::{Connection, LocalConnection, Timing};
+use crate::transport::{Connection, Endpoints, LocalConnection, Timing};
 
 /// Bytes that a read makes room for while much comes. A frame that claims more gets more as it
 /// comes, never for its claim alone.
@@ -97,6 +98,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     /// What readers hold.
     pub reading: Reading,
+    /// From where QUIC is dialled.
+    pub endpoints: Arc<Endpoints>,
     ids: Arc<AtomicU64>,
 }
 
@@ -119,6 +122,7 @@ impl Context {
             clock,
             metrics,
             reading: Reading::default(),
+            endpoints: Arc::default(),
             ids: Arc::new(AtomicU64::new(1)),
         }
     }
@@ -130,7 +134,11 @@ impl Context {
         let opening = Opening {
             holder: Holder::Certificate(connection.peer),
             dialled,
-            transport: "tcp+tls",
+            transport: connection.transport.label(),
+            buffers: match connection.transport {
+                Transport::Tcp => 0,
+                Transport::Quic => 2 * QUIC_WINDOW_BYTES,
+            },
             group: connection.group.label(),
             handshake_ends: self.clock.millis(connection.deadline),
         };
@@ -166,8 +174,14 @@ impl Context {
     /// Holds a session with a local process.
     pub async fn hold_local(&self, connection: LocalConnection) {
         let handshake_ends = self.clock.millis(connection.deadline);
-        let opening =
-            Opening { holder: Holder::Local, dialled: None, transport: "unix", group: "none", handshake_ends };
+        let opening = Opening {
+            holder: Holder::Local,
+            dialled: None,
+            transport: "unix",
+            buffers: 0,
+            group: "none",
+            handshake_ends,
+        };
         self.run(connection.stream, opening, None, std::future::pending()).await;
         drop(connection.descriptor);
     }

@@ -90,6 +90,15 @@ impl HelloReply {
             daemon: Some(daemon),
         }
     }
+
+    /// The same of a daemon that accepts QUIC sessions too, if `accepts`.
+    #[must_use]
+    pub fn with_quic(mut self, accepts: bool) -> Self {
+        if accepts {
+            self.transports.push("quic".to_owned());
+        }
+        self
+    }
 }
 
 /// What a START's payload asks for. Which of them a stream may ask for is its

@@ -5,7 +5,7 @@
 use std::io;
 use std::time::Duration;
 
-use overlay_core::config::Overlay;
+use overlay_core::config::{Overlay, Transport};
 use overlay_core::identity::SpiffeId;
 use overlay_core::status::Reason;
 use rustls::pki_types::CertificateDer;
@@ -21,6 +21,8 @@ mod dial;
 mod listen;
 mod pace;
 mod pending;
+mod quic;
+mod stream;
 mod unix;
 
 #[cfg(test)]
@@ -30,6 +32,8 @@ pub use descriptors::{Descriptor, Descriptors};
 pub use dial::{DialError, dial};
 pub use listen::{AcceptError, Accepted, Listener};
 pub use pace::{EXHAUSTED_PAUSE, is_callers};
+pub use quic::{Endpoints, QuicAccepted, QuicListener, QuicStream, dial_quic};
+pub use stream::Stream;
 pub use unix::{LocalConnection, LocalError, LocalListener};
 
 /// The timeouts and caps of a transport (I-2).
@@ -98,7 +102,9 @@ impl From<&Overlay> for TransportConfig {
 #[derive(Debug)]
 pub struct Connection {
     /// The bytes.
-    pub stream: TlsStream<TcpStream>,
+    pub stream: Stream,
+    /// What carries them.
+    pub transport: Transport,
     /// Who the certificate says it is. The caller decides whether that is who it wants.
     pub peer: SpiffeId,
     /// The certificate, and what came with it: it may lose its authority while the session lives.
@@ -115,7 +121,7 @@ pub struct Connection {
 
 impl Connection {
     /// Judges a finished TLS handshake.
-    fn establish(stream: TlsStream<TcpStream>, deadline: Instant) -> Result<Self, HandshakeError> {
+    fn of_tls(stream: TlsStream<TcpStream>, deadline: Instant) -> Result<Self, HandshakeError> {
         let (_, tls) = stream.get_ref();
         if tls.alpn_protocol() != Some(ALPN) {
             return Err(HandshakeError::Alpn);
@@ -124,7 +130,8 @@ impl Connection {
         let group = KeyExchangeGroup::of(tls).ok_or(HandshakeError::KeyExchange)?;
         let chain = tls.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect();
         Ok(Self {
-            stream,
+            stream: Stream::Tcp(Box::new(stream)),
+            transport: Transport::Tcp,
             peer: leaf.identity,
             chain,
             peer_not_after_ms: leaf.not_after_ms,
@@ -154,6 +161,12 @@ pub enum HandshakeError {
     /// TLS refused: the version, the key exchange, a certificate.
     #[error("{0}")]
     Tls(rustls::Error),
+    /// QUIC refused, its TLS among it.
+    #[error("{0}")]
+    Quic(quinn::ConnectionError),
+    /// The keys are for a policy under which QUIC's key exchange would not be known.
+    #[error("QUIC takes tls.key_exchange RequireHybrid")]
+    NotHybrid,
     /// The other side does not speak `ron/oap1`.
     #[error("the other side does not offer ALPN ron/oap1")]
     Alpn,
@@ -176,7 +189,9 @@ impl HandshakeError {
         match self {
             Self::Timeout => Some(Reason::Timeout),
             Self::Crowded | Self::Busy => Some(Reason::Overflow),
-            Self::Tls(_) | Self::Alpn | Self::Identity(_) | Self::KeyExchange => Some(Reason::Tls),
+            Self::Tls(_) | Self::Quic(_) | Self::NotHybrid | Self::Alpn | Self::Identity(_) | Self::KeyExchange => {
+                Some(Reason::Tls)
+            }
             Self::Gone | Self::Io(_) => None,
         }
     }

@@ -18,7 +18,7 @@ mod places;
 mod read;
 
 pub use places::Places;
-pub use read::{ConfigError, daemon, peers};
+pub use read::{ConfigError, daemon, peers, peers_beside};
 
 /// The number in a file's `format`; a daemon refuses any other.
 pub const FORMAT: u32 = 1;
@@ -41,6 +41,36 @@ pub enum KeyExchange {
     PreferHybrid,
     /// X25519 only.
     Classical,
+}
+
+/// How a session's bytes travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub enum Transport {
+    /// TLS over TCP.
+    #[default]
+    #[serde(rename = "TCP")]
+    Tcp,
+    /// QUIC, over UDP. Its TLS does not say which key exchange was agreed on, so it takes
+    /// [`KeyExchange::RequireHybrid`], with which there is only one.
+    #[serde(rename = "QUIC")]
+    Quic,
+}
+
+impl Transport {
+    /// The value of `transport` in a report of sessions.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp+tls",
+            Self::Quic => "quic",
+        }
+    }
+
+    /// Whether it is the one that is meant where none is named.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// A log's form.
@@ -97,6 +127,10 @@ pub struct Overlay {
     pub amnesia: bool,
     /// Where TCP+TLS sessions are accepted. Required.
     pub listen: SocketAddr,
+    /// Where QUIC sessions are accepted, if anywhere: a UDP address, so its port may be that of
+    /// `listen`. Takes [`KeyExchange::RequireHybrid`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen_quic: Option<SocketAddr>,
     /// Tenants that this daemon originates and carries; 1 to 64.
     pub tenants: Vec<TenantId>,
     /// Sessions at once, peers and clients; 1 to 1,000,000. Clients leave one for each
@@ -243,6 +277,9 @@ pub struct Peer {
     pub address: String,
     /// The identity its certificate must have, or one below it.
     pub identity: SpiffeId,
+    /// Over what it is dialled. Who dials here may come over any.
+    #[serde(skip_serializing_if = "Transport::is_default")]
+    pub transport: Transport,
 }
 
 impl DaemonConfig {
@@ -325,6 +362,7 @@ impl Overlay {
             profile,
             amnesia: true,
             listen,
+            listen_quic: None,
             tenants: vec![TenantId(0)],
             max_sessions: if micro { 1_024 } else { 16_384 },
             max_handshakes_in_flight: if micro { 64 } else { 256 },

@@ -105,6 +105,8 @@ pub(super) struct Entry {
     pub(super) holder: Holder,
     pub(super) dialled: Option<usize>,
     pub(super) transport: &'static str,
+    /// Bytes that its transport may hold.
+    pub(super) buffers: u64,
     pub(super) group: &'static str,
     pub(super) party: Party,
     /// What a daemon said of itself that is no configured peer: it may become one.
@@ -139,6 +141,7 @@ impl Entry {
             holder: opening.holder,
             dialled: opening.dialled,
             transport: opening.transport,
+            buffers: opening.buffers,
             group: opening.group,
             party: Party::Client,
             stranger: None,
@@ -162,7 +165,7 @@ impl Entry {
 
     /// Brings the account in line with what it holds now.
     pub(super) fn settle(&mut self, memory: &mut Budget) {
-        let holds = SESSION_BYTES + self.lanes.cost() + self.writing + self.uploading + self.streams;
+        let holds = SESSION_BYTES + self.buffers + self.lanes.cost() + self.writing + self.uploading + self.streams;
         memory.give_back(std::mem::replace(&mut self.claimed, holds));
         memory.claim(holds);
     }

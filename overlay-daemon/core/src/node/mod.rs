@@ -59,8 +59,10 @@ pub struct Opening {
     pub holder: Holder,
     /// The configured peer that was dialled, by its place ([`Places`]).
     pub dialled: Option<usize>,
-    /// What carries it, as the report of sessions names it: `tcp+tls` or `unix`.
+    /// What carries it, as the report of sessions names it: `tcp+tls`, `quic` or `unix`.
     pub transport: &'static str,
+    /// Bytes that its transport may hold in this process, both ways.
+    pub buffers: u64,
     /// The key exchange, as the report of sessions names it: `hybrid`, `classical`, or `none`.
     pub group: &'static str,
     /// Until when HELLO must be answered: one deadline from the connection's first moment,
@@ -321,7 +323,8 @@ impl Node {
             self.close_when_sent(id);
             return;
         }
-        let reply = HelloReply::of(self.hello.clone(), self.config.overlay.per_peer_inflight);
+        let reply = HelloReply::of(self.hello.clone(), self.config.overlay.per_peer_inflight)
+            .with_quic(self.config.overlay.listen_quic.is_some());
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let answer = entry.session.answer_hello(frame, &reply);
         self.push(id, Class::Control, answer);

@@ -379,7 +379,14 @@ fn one_peer_does_not_take_every_link() {
         let holder = Holder::Certificate(sim.nodes[1].identity.clone());
         assert!(sim.nodes[0].handle_open(
             id,
-            Opening { holder, dialled: None, transport: "tcp+tls", group: "hybrid", handshake_ends: Millis(3_000) },
+            Opening {
+                holder,
+                dialled: None,
+                transport: "tcp+tls",
+                buffers: 0,
+                group: "hybrid",
+                handshake_ends: Millis(3_000)
+            },
             clock.now
         ));
         let daemon = DaemonHello { name: "node-1".into(), incarnation: Incarnation(1_000 + n) };

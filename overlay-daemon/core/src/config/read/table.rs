@@ -225,6 +225,17 @@ impl<'a, 'i> Table<'a, 'i> {
         parse(value, shape).map_err(|message| errors.push(line, self.field(key), message)).ok()
     }
 
+    /// A string that `T` reads, if it is there: `Some(None)` where it is not.
+    pub(super) fn optional<T: FromStr>(
+        &mut self,
+        key: &'static str,
+        shape: &str,
+        errors: &mut Errors<'_>,
+    ) -> Option<Option<T>> {
+        let Some((line, value)) = self.value(key, errors) else { return Some(None) };
+        parse(value, shape).map(Some).map_err(|message| errors.push(line, self.field(key), message)).ok()
+    }
+
     fn array(
         &mut self,
         key: &'static str,

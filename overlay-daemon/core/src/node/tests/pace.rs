@@ -72,6 +72,7 @@ fn z4_comp_before_hello_closes() {
         holder: Holder::Local,
         dialled: None,
         transport: "unix",
+        buffers: 0,
         group: "none",
         handshake_ends: Millis(3_000),
     };

@@ -117,7 +117,8 @@ fn counted(node: &Node) -> u64 {
         theirs.map(|(_, stream)| stream.kind.cost()).sum::<u64>()
     };
     let own = |entry: &Entry| {
-        crate::memory::SESSION_BYTES + entry.lanes.cost() + entry.writing + uploads(entry) + streams(entry)
+        let queued = entry.buffers + entry.lanes.cost() + entry.writing;
+        crate::memory::SESSION_BYTES + queued + uploads(entry) + streams(entry)
     };
     node.sessions.values().map(own).sum()
 }
@@ -198,7 +199,7 @@ fn m1_an_upload_claims_its_size_at_begin() {
 
 fn opening(of: &str, dialled: Option<usize>) -> Opening {
     let holder = Holder::Certificate(of.parse().unwrap());
-    Opening { holder, dialled, transport: "tcp+tls", group: "hybrid", handshake_ends: Millis(u64::MAX) }
+    Opening { holder, dialled, transport: "tcp+tls", buffers: 0, group: "hybrid", handshake_ends: Millis(u64::MAX) }
 }
 
 /// Whoever finds no place is told so at HELLO, with a time; clients never take a peer's place.

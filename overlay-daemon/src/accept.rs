@@ -1,6 +1,7 @@
-//! Accept loops: TCP with TLS, and the Unix socket. Each owns the tasks of the connections it
+//! Accept loops: TCP with TLS, QUIC, and the Unix socket. Each owns the tasks of the connections it
 //! accepted. Who may stay is decided by the handshake and the hub.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,10 +10,12 @@ use overlay_core::status::Reason;
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::kms::Keys;
+use crate::kms::{KeySet, Keys};
 use crate::metrics::Metrics;
 use crate::session::Context;
-use crate::transport::{AcceptError, Accepted, Listener, LocalListener};
+use crate::transport::{
+    AcceptError, Accepted, Connection, HandshakeError, Listener, LocalListener, QuicAccepted, QuicListener,
+};
 
 /// When an accept loop stops.
 #[derive(Clone)]
@@ -83,7 +86,36 @@ pub async fn tls(mut listener: Listener, keys: Arc<Keys>, context: Context, heal
 async fn serve(accepted: Accepted, keys: Arc<Keys>, context: Context) {
     let address = accepted.address();
     let current = keys.current();
-    match accepted.handshake(&current).await {
+    hold(accepted.handshake(&current).await, address, &current, &context).await;
+}
+
+/// Accepts QUIC sessions until told to stop, as [`tls`] does; also ends where the socket has
+/// failed for good.
+pub async fn quic(mut listener: QuicListener, keys: Arc<Keys>, context: Context, stop: Stop) {
+    let mut sessions = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = stop.accepting.cancelled() => break,
+            Some(ended) = sessions.join_next() => count_panic(&context.metrics, &ended),
+            accepted = listener.accept() => match accepted {
+                Some(accepted) => { sessions.spawn(serve_quic(accepted, Arc::clone(&keys), context.clone())); }
+                None => return,
+            },
+        }
+    }
+    listener.stop();
+    finish(sessions, &stop.all).await;
+    listener.finish().await;
+}
+
+async fn serve_quic(accepted: QuicAccepted, keys: Arc<Keys>, context: Context) {
+    let address = accepted.address();
+    let current = keys.current();
+    hold(accepted.handshake(&current).await, address, &current, &context).await;
+}
+
+async fn hold(shaken: Result<Connection, HandshakeError>, address: SocketAddr, current: &KeySet, context: &Context) {
+    match shaken {
         Ok(connection) => {
             context.metrics.key_exchange(connection.group);
             context.hold(connection, None, current.bundle()).await;

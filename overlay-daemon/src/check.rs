@@ -41,12 +41,12 @@ pub fn read_daemon(path: &Path) -> Result<DaemonConfig, FileError> {
     config::daemon(&read(path)?).map_err(|errors| FileError::Invalid { path: path.to_owned(), errors })
 }
 
-/// Reads the peers file at `path`.
+/// Reads the peers file at `path`, by the rules across both files where the other one is good.
 ///
 /// # Errors
 /// As [`read_daemon`].
-pub fn read_peers(path: &Path) -> Result<PeersConfig, FileError> {
-    config::peers(&read(path)?).map_err(|errors| FileError::Invalid { path: path.to_owned(), errors })
+pub fn read_peers(path: &Path, daemon: Option<&DaemonConfig>) -> Result<PeersConfig, FileError> {
+    config::peers_beside(&read(path)?, daemon).map_err(|errors| FileError::Invalid { path: path.to_owned(), errors })
 }
 
 fn read(path: &Path) -> Result<String, FileError> {
@@ -80,7 +80,7 @@ pub struct Request<'a> {
 /// Writing failed.
 pub fn check(request: Request<'_>, out: &mut impl Write, err: &mut impl Write) -> io::Result<bool> {
     let daemon = read_daemon(request.config);
-    let peers = request.peers.map(|path| (path, read_peers(path)));
+    let peers = request.peers.map(|path| (path, read_peers(path, daemon.as_ref().ok())));
     let mut good = true;
     if let Err(error) = &daemon {
         writeln!(err, "{error}")?;

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::kms::{KeySet, Keys};
 use crate::session::Context;
-use crate::transport::{Connection, DialError, Isolation, Via, dial, dial_tor};
+use crate::transport::{Connection, DialError, Isolation, Via, dial, dial_quic, dial_tor};
 
 /// The first pause; it doubles up to [`LONGEST`], and is up to twice as long by jitter, so
 /// that a mesh that starts at once does not dial in step.
@@ -101,6 +101,7 @@ impl Dialler {
         let timing = self.context.timing.of(self.peer.transport);
         match self.peer.transport {
             Transport::Tcp => dial(address, keys.client(), &timing.now(), clock).await,
+            Transport::Quic => dial_quic(address, keys, &timing.now(), clock, &self.context.endpoints).await,
             Transport::Tor => {
                 let via = Via { proxy: &timing.socks(), isolation: &self.isolation };
                 let dialled = dial_tor(address, via, keys.client(), &timing.now(), clock).await;

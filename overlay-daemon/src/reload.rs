@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use overlay_core::config::{DaemonConfig, KeyExchange, Peer, PeersConfig, Places, Readiness};
+use overlay_core::config::{DaemonConfig, KeyExchange, Peer, PeersConfig, Places, Readiness, Transport};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
@@ -148,7 +148,11 @@ impl Reloader {
                 Ok(()) = asked.changed() => self.refused = None,
             }
             let files = self.files.clone();
-            let read = move || (check::read_daemon(&files.config), check::read_peers(&files.peers));
+            let read = move || {
+                let config = check::read_daemon(&files.config);
+                let peers = check::read_peers(&files.peers, config.as_ref().ok());
+                (config, peers)
+            };
             let Ok((config, peers)) = tokio::task::spawn_blocking(read).await else { continue };
             self.take_up(config, peers).await;
         }
@@ -160,6 +164,10 @@ impl Reloader {
         match config {
             Ok(new) => {
                 let mut effective = self.config.with_live(&new);
+                if let Some(peer) = self.peers_over_quic(effective.tls.key_exchange) {
+                    effective.tls.key_exchange = self.config.tls.key_exchange;
+                    problems.push(format!("tls.key_exchange: must be RequireHybrid while {peer} is dialled over QUIC"));
+                }
                 if !self.set_key_exchange(effective.tls.key_exchange).await {
                     effective.tls.key_exchange = self.config.tls.key_exchange;
                     problems.push("tls.key_exchange: waits until the key files can be used again".to_owned());
@@ -191,6 +199,12 @@ impl Reloader {
         }
         self.told.taken_up.send_replace(problem.is_none());
         self.refused = problem;
+    }
+
+    /// A peer that could not be dialled any more with this policy.
+    fn peers_over_quic(&self, policy: KeyExchange) -> Option<&str> {
+        let over_quic = |peer: &&Peer| policy != KeyExchange::RequireHybrid && peer.transport == Transport::Quic;
+        self.peers.peers.iter().find(over_quic).map(|peer| peer.name.as_str())
     }
 
     /// Whether handshakes are held to this policy from now on.

@@ -2,6 +2,7 @@
 //! starts every task, and stops them in one sequence: not ready, still serving, no new sessions, lanes drained,
 //! all ended. A second signal aborts.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -30,7 +31,7 @@ use crate::metrics::Metrics;
 use crate::readiness::Watch;
 use crate::reload::{Files, Reloader, Running, Told};
 use crate::session::Context;
-use crate::transport::{Descriptors, Listener, LocalListener, Timing, Transports};
+use crate::transport::{Descriptors, Endpoints, Listener, LocalListener, QuicListener, Timing, Transports};
 
 /// For how long sessions may take to close once all that they are owed is sent.
 const GOODBYE: Duration = Duration::from_millis(1_500);
@@ -65,7 +66,9 @@ impl Start {
     /// # Errors
     /// Everything that is wrong with the configuration, or what cannot be confined.
     pub fn prepare(args: &RunArgs) -> anyhow::Result<Self> {
-        let (config, peers) = match (check::read_daemon(&args.config), check::read_peers(&args.peers)) {
+        let config = check::read_daemon(&args.config);
+        let peers = check::read_peers(&args.peers, config.as_ref().ok());
+        let (config, peers) = match (config, peers) {
             (Ok(config), Ok(peers)) => (config, peers),
             (config, peers) => {
                 let errors: Vec<String> =
@@ -121,6 +124,8 @@ struct Daemon {
     helping: JoinSet<()>,
     /// The hub and admin HTTP: they serve to the last.
     serving: JoinSet<()>,
+    /// From where QUIC was dialled.
+    endpoints: Arc<Endpoints>,
 }
 
 async fn begin(start: Start) -> anyhow::Result<Daemon> {
@@ -151,6 +156,7 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
             Some(listener.with_context(|| format!("tor.listen: cannot listen on {at}"))?)
         }
     };
+    let quic = config.overlay.listen_quic.map(|at| listen_quic(at, &keys, &timing_now, clock)).transpose()?;
     let unix = &config.unix;
     let local = LocalListener::bind(&unix.socket, &unix.allow_uids, timing_now.clone(), descriptors.clone(), clock)
         .context("unix.socket")?;
@@ -158,6 +164,7 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
     let admin_socket = admin::bind(metrics_at)
         .await
         .with_context(|| format!("observability.metrics: cannot listen on {metrics_at}"))?;
+    let quic_address = quic.as_ref().map(QuicListener::local_addr).transpose()?;
     let (address, admin_address) = (listener.local_addr()?, admin_socket.local_addr()?);
     let onion_address = onion.as_ref().map(Listener::local_addr).transpose()?;
 
@@ -239,16 +246,21 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
     let (watched, reload_metrics, reload_stop) = (Arc::clone(&keys), Arc::clone(&metrics), stop.all.clone());
     helping.spawn(async move { watched.watch(reload_metrics, clock, is_asked, reload_stop).await });
     let mut accepting = JoinSet::new();
+    if let Some(quic) = quic {
+        accepting.spawn(accept::quic(quic, Arc::clone(&keys), context.clone(), stop.clone()));
+    }
+    let endpoints = Arc::clone(&context.endpoints);
     for listener in [Some(listener), onion].into_iter().flatten() {
         accepting.spawn(accept::tls(listener, Arc::clone(&keys), context.clone(), health.clone(), stop.clone()));
     }
     accepting.spawn(accept::local(local, context, health, stop.clone()));
 
     tracing::info!(
-        name = %peers.name, %identity, %address, onion = onion_address.map(tracing::field::display), admin = %admin_address, socket = %config.unix.socket.display(),
+        name = %peers.name, %identity, %address, quic = quic_address.map(tracing::field::display),
+        onion = onion_address.map(tracing::field::display), admin = %admin_address, socket = %config.unix.socket.display(),
         peers = peers.peers.len(), version = env!("CARGO_PKG_VERSION"), "listening"
     );
-    Ok(Daemon { config, hub, heartbeat, draining, stop, accepting, helping, serving })
+    Ok(Daemon { config, hub, heartbeat, draining, stop, accepting, helping, serving, endpoints })
 }
 
 impl Daemon {
@@ -300,6 +312,7 @@ impl Daemon {
         self.stop.all.cancel();
         self.helping.shutdown().await;
         let joined = async {
+            self.endpoints.finish().await;
             while self.accepting.join_next().await.is_some() {}
             while self.serving.join_next().await.is_some() {}
         };
@@ -308,6 +321,13 @@ impl Daemon {
             tracing::warn!("a task did not end when told to");
         }
     }
+}
+
+fn listen_quic(at: SocketAddr, keys: &Keys, timing: &Timing, clock: Clock) -> anyhow::Result<QuicListener> {
+    let current = keys.current();
+    let quic = current.quic().context("overlay.listen_quic: takes tls.key_exchange RequireHybrid")?;
+    QuicListener::bind(at, quic, timing.clone(), clock)
+        .with_context(|| format!("overlay.listen_quic: cannot listen on {at}"))
 }
 
 /// Gives the hub each new set of token keys, and the token for peers.

@@ -4,16 +4,19 @@
 //!
 //! A session that the hub closes is closed for writing first, and what still comes is read
 //! until the other side has closed too: a socket that is closed with bytes unread resets the
-//! connection, and what was sent last could be lost on its way (S5).
+//! connection, and what was sent last could be lost on its way (S5). A session that the other
+//! side closes in order is closed in order here too: TLS libraries take anything else for an
+//! attack (RFC 8446, 6.1).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use overlay_core::config::Transport;
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::grant::{Grant, Holder};
-use overlay_core::memory::WRITE_BYTES;
+use overlay_core::memory::{QUIC_WINDOW_BYTES, WRITE_BYTES};
 use overlay_core::node::{Opening, SessionId};
 use overlay_core::status::{Reason, Refusal, Status};
 use overlay_core::{codec, compress};
@@ -29,7 +32,7 @@ use crate::gate::Gate;
 use crate::hub::{Batch, Input};
 use crate::kms::{KeyExchangeGroup, Verifier};
 use crate::metrics::Metrics;
-use crate::transport::{Connection, LocalConnection, Proxy, Timing};
+use crate::transport::{Connection, Endpoints, LocalConnection, Proxy, Timing};
 
 /// Bytes that a read makes room for while much comes. A frame that claims more gets more as it
 /// comes, never for its claim alone.
@@ -95,6 +98,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     /// What readers hold.
     pub reading: Reading,
+    /// From where QUIC is dialled.
+    pub endpoints: Arc<Endpoints>,
     /// How Tor's proxy was last found.
     pub proxy: Proxy,
     ids: Arc<AtomicU64>,
@@ -119,6 +124,7 @@ impl Context {
             clock,
             metrics,
             reading: Reading::default(),
+            endpoints: Arc::default(),
             proxy: Proxy::default(),
             ids: Arc::new(AtomicU64::new(1)),
         }
@@ -133,6 +139,10 @@ impl Context {
             holder: Holder::Certificate(connection.peer),
             dialled,
             transport: Some(connection.transport),
+            buffers: match connection.transport {
+                Transport::Tcp | Transport::Tor => 0,
+                Transport::Quic => 2 * QUIC_WINDOW_BYTES,
+            },
             group: connection.group.label(),
             handshake_ends: self.clock.millis(connection.deadline),
         };
@@ -168,7 +178,14 @@ impl Context {
     /// Holds a session with a local process.
     pub async fn hold_local(&self, connection: LocalConnection) {
         let handshake_ends = self.clock.millis(connection.deadline);
-        let opening = Opening { holder: Holder::Local, dialled: None, transport: None, group: "none", handshake_ends };
+        let opening = Opening {
+            holder: Holder::Local,
+            dialled: None,
+            transport: None,
+            buffers: 0,
+            group: "none",
+            handshake_ends,
+        };
         self.run(connection.stream, opening, None, std::future::pending()).await;
         drop(connection.descriptor);
     }
@@ -193,7 +210,7 @@ impl Context {
         tasks.spawn(Reader { id, holder, gate, context: self.clone() }.run(read).instrument(span.clone()));
         tasks.spawn(send_batches(id, write, batches, self.clone()).instrument(span));
         tokio::select! {
-            () = self.first_end(&mut tasks) => {}
+            () = self.first_end(id, &mut tasks) => {}
             () = over => {}
         }
         tasks.shutdown().await;
@@ -201,13 +218,18 @@ impl Context {
     }
 
     /// Waits until a session's tasks are of no more use. Whichever ends first ends the other: a
-    /// half-open session helps nobody. Only the reader's end at a broken frame waits for the
-    /// writer to tell of it, and the writer's end for what the other side still sends.
-    async fn first_end(&self, tasks: &mut JoinSet<Ended>) {
+    /// half-open session helps nobody. Only the reader's end waits for the writer, to tell of a
+    /// broken frame or to say goodbye, and the writer's end for what the other side still sends.
+    async fn first_end(&self, id: SessionId, tasks: &mut JoinSet<Ended>) {
         loop {
             match tasks.join_next().await {
                 None | Some(Ok(Ended::Gone)) => return,
                 Some(Ok(Ended::BrokenFrame)) => {}
+                Some(Ok(Ended::Left)) => {
+                    // The hub lets go of the writer, which then closes its side.
+                    let _stopping = self.hub.send(Input::Closed(id)).await;
+                    return drop(timeout(LINGER, tasks.join_next()).await);
+                }
                 Some(Ok(Ended::Closed)) => return drop(timeout(LINGER, tasks.join_next()).await),
                 Some(Err(error)) => {
                     // This session alone ends (S6); the panic itself is in the log already.
@@ -225,6 +247,8 @@ impl Context {
 enum Ended {
     /// Nothing more will come, or can be sent.
     Gone,
+    /// The other side closed in order.
+    Left,
     /// The writer has a refusal to send, and then closes.
     BrokenFrame,
     /// The hub closed the session, and all that it had to send has left.
@@ -284,7 +308,11 @@ impl Reader {
                     }
                 },
             };
-            let Ok(bytes @ 1..) = bytes else { return Ended::Gone };
+            let bytes = match bytes {
+                Ok(0) => return Ended::Left,
+                Ok(bytes) => bytes,
+                Err(_) => return Ended::Gone,
+            };
             room = if bytes == space { READ_BYTES } else { REST_BYTES };
         }
     }

@@ -8,15 +8,24 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use bytes::{Bytes, BytesMut};
 use overlay_core::codec;
+use overlay_core::config::Profile;
 use overlay_core::control::Open;
 use overlay_core::frame::{AppProto, CHUNK, Flags, Frame, MAX_BODY};
 use overlay_core::identity::TenantId;
 use overlay_core::record::{Piece, Publish};
 use overlay_tests::oap::{Wire, request, start};
+use overlay_tests::on_both_profiles;
 use overlay_tests::wait::now;
 
 use crate::probe::Probe;
 use crate::target::{Target, scale};
+
+on_both_profiles!(
+    f1_claimed_lengths_are_not_allocated,
+    f6_endless_empty_frames_are_throttled_and_closed,
+    f7_streams_begun_and_ended_in_mass_are_capped_and_closed,
+    f7_streams_that_never_end_are_bounded,
+);
 
 /// A header of a frame of 1 MiB, REQ on stream 3.
 const CLAIM: [u8; 38] = {
@@ -32,10 +41,9 @@ const CLAIM: [u8; 38] = {
 /// F1, I-3, M: a header that claims 1 MiB makes nobody allocate 1 MiB. What each connection
 /// costs is at most 64 KiB, it is cut when the frame's time is over, and what a second wave
 /// adds to the first is nothing.
-#[test]
-fn f1_claimed_lengths_are_not_allocated() -> Result<()> {
+fn f1_claimed_lengths_are_not_allocated(profile: Profile) -> Result<()> {
     let count = scale(1_000, 10_000);
-    let mut target = Target::start(|config| {
+    let mut target = Target::start(profile, |config| {
         config.overlay.max_sessions = 20_000;
         // Long enough to hold all of them at once.
         config.overlay.read_timeout_ms = scale(3_000, 20_000) as u64;
@@ -115,11 +123,10 @@ fn flood(wire: Wire<UnixStream>, count: usize, mut frames: impl FnMut(u64) -> Ve
 
 /// F6, I-5: endless empty frames, of which none asks for anything, are throttled, and then the
 /// session is closed; whoever else is there gets what is theirs.
-#[test]
-fn f6_endless_empty_frames_are_throttled_and_closed() -> Result<()> {
+fn f6_endless_empty_frames_are_throttled_and_closed(profile: Profile) -> Result<()> {
     let count = scale(300_000, 10_000_000);
     let empty = |flags, corr_id| Frame::new(flags, AppProto::CONTROL, TenantId(0), corr_id, Bytes::new());
-    let mut target = Target::start(|_| {})?;
+    let mut target = Target::start(profile, |_| {})?;
     let probe = Probe::start(&target)?;
     let open = Open::Publish { topic: "t".parse()? };
     let token = target.local_token()?;
@@ -153,10 +160,9 @@ fn f6_endless_empty_frames_are_throttled_and_closed() -> Result<()> {
 
 /// F7, P-2 (rapid reset): streams begun and ended as fast as it goes are taken at the rate of
 /// requests, which says 429 to the rest, and then the session is closed.
-#[test]
-fn f7_streams_begun_and_ended_in_mass_are_capped_and_closed() -> Result<()> {
+fn f7_streams_begun_and_ended_in_mass_are_capped_and_closed(profile: Profile) -> Result<()> {
     const RATE: u32 = 100;
-    let mut target = Target::start(|config| {
+    let mut target = Target::start(profile, |config| {
         config.overlay.per_peer_rps = RATE;
         config.overlay.per_peer_inflight = 32;
     })?;
@@ -183,9 +189,8 @@ fn f7_streams_begun_and_ended_in_mass_are_capped_and_closed() -> Result<()> {
 /// F7, G-6: a stream that never ends is bounded in streams, bytes and time: the 257th open one
 /// is 429, bytes past what a message announced are 400, and a message whose next chunk does not
 /// come is 400 though its session goes on.
-#[test]
-fn f7_streams_that_never_end_are_bounded() -> Result<()> {
-    let mut target = Target::start(|config| {
+fn f7_streams_that_never_end_are_bounded(profile: Profile) -> Result<()> {
+    let mut target = Target::start(profile, |config| {
         config.overlay.read_timeout_ms = 1_000;
         config.overlay.per_peer_rps = 10_000;
         config.overlay.rps = 10_000;

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use overlay_core::codec;
+use overlay_core::config::Profile;
 use overlay_tests::oap::{Offer, TLS12_ONLY, hello};
+use overlay_tests::on_both_profiles;
 use overlay_tests::trust::{NODE, ca_params, leaf_params};
 use overlay_tests::wait;
 use rcgen::{
@@ -22,6 +24,9 @@ use rustls::{AlertDescription, SignatureScheme};
 
 use crate::probe::Probe;
 use crate::target::{Target, scale};
+
+// The others end before there is anything that a profile decides.
+on_both_profiles!(t1_silence_and_dripped_hellos_end_at_one_deadline, t4_less_than_hybrid_tls13_and_alpn_is_refused);
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// Who shakes hands honestly.
@@ -80,10 +85,9 @@ fn all_closed(streams: &mut [TcpStream]) -> Result<()> {
 /// byte at a time. One deadline for the whole handshake ends them all, however they drip;
 /// honest handshakes beside them all succeed, each within that same deadline, or the daemon
 /// would have closed it.
-#[test]
-fn t1_silence_and_dripped_hellos_end_at_one_deadline() -> Result<()> {
+fn t1_silence_and_dripped_hellos_end_at_one_deadline(profile: Profile) -> Result<()> {
     let count = scale(5_000, 10_000);
-    let mut target = Target::start(|_| {})?;
+    let mut target = Target::start(profile, |_| {})?;
     let (probe, offer) = (Probe::start(&target)?, target.offer(HONEST)?);
     let mut drip = offer.client_hello()?.into_iter();
     let mut silent = Vec::with_capacity(count);
@@ -117,7 +121,7 @@ fn t1_silence_and_dripped_hellos_end_at_one_deadline() -> Result<()> {
 #[test]
 fn t2_a_hello_and_then_goodbye_leaves_it_idle() -> Result<()> {
     const WINDOW: Duration = Duration::from_secs(1);
-    let mut target = Target::start(|_| {})?;
+    let mut target = Target::start(Profile::Macronode, |_| {})?;
     let mut bytes = target.offer(HONEST)?.client_hello()?;
     bytes.extend([21, 3, 3, 0, 2, 1, 0]);
     let busy = || -> Result<Duration> {
@@ -144,10 +148,9 @@ fn t2_a_hello_and_then_goodbye_leaves_it_idle() -> Result<()> {
 
 /// T4, I-11, G-10: with hybrid required, an X25519-only hello gets an alert and is counted; so
 /// are TLS 1.2, no ALPN and another's ALPN. No group is a way in.
-#[test]
-fn t4_less_than_hybrid_tls13_and_alpn_is_refused() -> Result<()> {
+fn t4_less_than_hybrid_tls13_and_alpn_is_refused(profile: Profile) -> Result<()> {
     use AlertDescription as Alert;
-    let mut target = Target::start(|_| {})?;
+    let mut target = Target::start(profile, |_| {})?;
     let good = target.offer(HONEST)?;
     let counted = |alerts: &[Alert], offer: Offer| -> Result<()> {
         let (tls, opened) = (target.rejected("tls")?, target.metric("session_open_total")?);
@@ -255,7 +258,7 @@ fn long_chain(length: usize) -> Result<Vec<CertificateDer<'static>>> {
 #[test]
 fn t5_expensive_certificates_are_refused_cheaply() -> Result<()> {
     const EACH: usize = 20;
-    let mut target = Target::start(|_| {})?;
+    let mut target = Target::start(Profile::Macronode, |_| {})?;
     let good = target.offer(HONEST)?;
     let honest_key = || Arc::clone(&good.certificate.as_ref().unwrap().key);
     let with = |chain: Vec<CertificateDer<'static>>, key: Arc<dyn SigningKey>| Offer {
@@ -329,7 +332,7 @@ fn answered(streams: &[TcpStream]) -> Result<usize> {
 fn t7_handshakes_in_mass_are_taken_a_few_at_a_time() -> Result<()> {
     const AT_ONCE: usize = 16;
     let count = scale(1_000, 10_000);
-    let mut target = Target::start(|config| {
+    let mut target = Target::start(Profile::Macronode, |config| {
         config.overlay.max_handshakes_in_flight = AT_ONCE as u32;
         // Nobody's is over before all are offered.
         config.overlay.handshake_timeout_ms = scale(30_000, 300_000) as u64;
@@ -357,7 +360,7 @@ fn t7_handshakes_in_mass_are_taken_a_few_at_a_time() -> Result<()> {
 /// bytes that come ahead of the handshake, announced as early data or not, open nothing.
 #[test]
 fn t10_early_data_opens_nothing() -> Result<()> {
-    let mut target = Target::start(|_| {})?;
+    let mut target = Target::start(Profile::Macronode, |_| {})?;
     let offer = target.offer(HONEST)?;
     let mut config = offer.config()?;
     config.enable_early_data = true;

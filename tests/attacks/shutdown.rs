@@ -5,15 +5,19 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
+use overlay_core::config::Profile;
 use overlay_core::control::Open;
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::record::{Publish, Record};
 use overlay_tests::daemon::Daemon;
 use overlay_tests::oap::{Heard, Tls, Wire, request};
+use overlay_tests::on_both_profiles;
 use overlay_tests::wait;
 use rustix::process::Signal;
 
 use crate::target::{Target, scale};
+
+on_both_profiles!(s5_sigterm_at_any_instant_loses_nothing_accepted);
 
 /// For the process to end, its own drain timeout and joining included.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -88,11 +92,10 @@ fn subscribe(daemon: &Daemon) -> Result<JoinHandle<Result<Vec<u64>>>> {
 
 /// S5, G-3: at a random instant of full traffic SIGTERM comes: whatever got its 200 comes to
 /// every subscriber, once, and the process leaves by itself with success.
-#[test]
-fn s5_sigterm_at_any_instant_loses_nothing_accepted() -> Result<()> {
+fn s5_sigterm_at_any_instant_loses_nothing_accepted(profile: Profile) -> Result<()> {
     let mut seeded = Seeded::new()?;
     for round in 0..scale(4, 200) {
-        let mut target = Target::start(|config| {
+        let mut target = Target::start(profile, |config| {
             config.overlay.rps = 1_000_000;
             config.overlay.per_peer_rps = 1_000_000;
             config.gossip.lane_depth_frames = 65_536;

@@ -4,7 +4,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
-use overlay_core::config::DaemonConfig;
+use overlay_core::config::{DaemonConfig, Profile};
 use overlay_tests::daemon::{Daemon, raise_descriptors};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -17,16 +17,20 @@ pub(crate) struct Target {
 
 impl Target {
     /// A daemon whose caps do not stand in an attack's way; `change` says which the row is about.
-    pub(crate) fn start(change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
-        Self::start_under(&[], change)
+    pub(crate) fn start(profile: Profile, change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+        Self::start_under(profile, &[], change)
     }
 
     /// The same under limits: options of prlimit(1).
-    pub(crate) fn start_under(limits: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+    pub(crate) fn start_under(
+        profile: Profile,
+        limits: &[&str],
+        change: impl FnOnce(&mut DaemonConfig),
+    ) -> Result<Self> {
         // A test that failed has let go of what it held.
         let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         raise_descriptors()?;
-        let daemon = Daemon::start_under(limits, |config| {
+        let daemon = Daemon::start_under(profile, limits, |config| {
             // What the probe published would be memory that grows for two minutes.
             config.gossip.dedupe_window_ms = 2_000;
             change(config);

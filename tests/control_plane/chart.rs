@@ -234,6 +234,15 @@ pub(crate) fn is_installed_again(world: &World) -> Result<()> {
         ensure!(!commands.is_empty(), "no command in: {error}");
         commands.iter().try_for_each(|c| world.admin().run(&c.split_whitespace().collect::<Vec<_>>()).map(|_| ()))
     };
+    // The operator of these cases is one, though no release of helm's: another is refused beside it.
+    let beside = install("first", "helm-first").err().map(|e| format!("{e:#}")).context("helm installed a second")?;
+    let theirs = format!("release {} in namespace {NAMESPACE}", operator::RELEASE);
+    ensure!(beside.contains(&theirs), "{beside}");
+    let label = |label: &str| {
+        let arguments = ["label", "deployment", "overlay-operator", "-n", NAMESPACE, "--overwrite", label];
+        world.admin().run(&arguments)
+    };
+    label("app.kubernetes.io/name=overlooked")?;
     refused("first", "helm-first", "was not installed by helm")?;
     install("first", "helm-first")?;
     for release in ["first", "second"] {
@@ -247,6 +256,7 @@ pub(crate) fn is_installed_again(world: &World) -> Result<()> {
         install(release, &namespace)?;
         helm(&world.plane, &["uninstall", release, "-n", &namespace, "--wait"])?;
     }
+    label("app.kubernetes.io/name=overlay-operator")?;
     Ok(())
 }
 

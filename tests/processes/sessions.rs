@@ -3,29 +3,33 @@
 //! core's codec, not the daemon's own.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
+use overlay_core::config::Profile;
 use overlay_core::control::{HelloReply, Open};
 use overlay_core::frame::Flags;
 use overlay_core::record;
 use overlay_core::status::ErrorBody;
 use overlay_tests::oap::{Offer, TLS12_ONLY, Wire, certified, request};
-use overlay_tests::{http, wait};
+use overlay_tests::{http, on_both_profiles, wait};
 use rustls::AlertDescription;
 use rustls::crypto::SupportedKxGroup;
 use rustls::crypto::aws_lc_rs::kx_group;
 
-use crate::local::mesh::{Daemon, LIMIT, Mesh};
+use crate::local::mesh::{Daemon, LIMIT, Mesh, one_mesh};
 
-const ONE: &str = "apiVersion: overlay.rustyonions.io/v1alpha1
-kind: OverlayNode
-metadata: {name: one}
-spec: {replicas: 1, drain: {delay: 0s, timeout: 1s}}
-";
+on_both_profiles!(
+    a_handshake_that_proves_less_is_refused,
+    a_key_exchange_policy_changes_without_a_restart,
+    a_byte_over_a_mebibyte_is_413,
+    a_broken_frame_is_told_and_ends_the_session,
+    every_start_needs_its_own_token,
+    a_goodbye_is_answered,
+);
 
 /// One daemon, and the trust that its own replicas would have.
 struct Target {
@@ -35,8 +39,8 @@ struct Target {
 }
 
 impl Target {
-    fn start() -> Result<Self> {
-        let mesh = Mesh::start(ONE, &[])?;
+    fn start(profile: Profile) -> Result<Self> {
+        let mesh = Mesh::start(&one_mesh("one", profile, "replicas: 1"), &[])?;
         let daemon = mesh.ready()?.remove(0);
         let trust = daemon.socket.with_file_name("trust");
         Ok(Self { _mesh: mesh, daemon, trust })
@@ -84,10 +88,9 @@ impl Target {
 
 /// I-11, G-10: the hybrid key exchange or an alert; TLS 1.3 or an alert; a certificate of
 /// this CA or an alert. Each is counted, and none disturbs the next.
-#[test]
-fn a_handshake_that_proves_less_is_refused() -> Result<()> {
+fn a_handshake_that_proves_less_is_refused(profile: Profile) -> Result<()> {
     use AlertDescription as Alert;
-    let target = Target::start()?;
+    let target = Target::start(profile)?;
     let good = target.offer()?;
     let reply = target.greet(&good)?;
     ensure!(reply.max_frame == 1_048_576 && reply.daemon.is_some_and(|daemon| daemon.name == "one-0"));
@@ -112,9 +115,8 @@ fn a_handshake_that_proves_less_is_refused() -> Result<()> {
 }
 
 /// The policy is the file's, for handshakes to come; a session that is there goes on.
-#[test]
-fn a_key_exchange_policy_changes_without_a_restart() -> Result<()> {
-    let target = Target::start()?;
+fn a_key_exchange_policy_changes_without_a_restart(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
     let mut session = target.local()?;
     let classical = Offer { groups: vec![kx_group::X25519], ..target.offer()? };
     target.refuses(&classical, &[AlertDescription::HandshakeFailure])?;
@@ -146,9 +148,8 @@ fn foreign_leaf(folder: &Path) -> Result<(PathBuf, PathBuf)> {
 }
 
 /// G-6, I-9: one byte over 1 MiB is 413 and counted, by the command that a person types.
-#[test]
-fn a_byte_over_a_mebibyte_is_413() -> Result<()> {
-    let target = Target::start()?;
+fn a_byte_over_a_mebibyte_is_413(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("large");
     fs::write(&file, vec![7; (1 << 20) + 1])?;
@@ -170,9 +171,8 @@ fn a_byte_over_a_mebibyte_is_413() -> Result<()> {
 }
 
 /// G-1: a length over 1 MiB is refused from the header alone, told, and the session ends.
-#[test]
-fn a_broken_frame_is_told_and_ends_the_session() -> Result<()> {
-    let target = Target::start()?;
+fn a_broken_frame_is_told_and_ends_the_session(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
     for (header, reason, code) in [("00100001", "size", 413), ("00000025", "protocol", 400)] {
         let mut wire = target.local()?;
         let length = u32::from_str_radix(header, 16)?;
@@ -188,9 +188,8 @@ fn a_broken_frame_is_told_and_ends_the_session() -> Result<()> {
 
 /// P-4: no START without a token; a local client's token is worth nothing over TLS, and a
 /// peer's nothing on the Unix socket.
-#[test]
-fn every_start_needs_its_own_token() -> Result<()> {
-    let target = Target::start()?;
+fn every_start_needs_its_own_token(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
     let open = Open::Publish { topic: "news".parse()? };
     let peers = Bytes::from(fs::read(target.trust.join("peer"))?);
     let mut changed = target.token()?.to_vec();
@@ -208,5 +207,15 @@ fn every_start_needs_its_own_token() -> Result<()> {
         wire.receive()?.is_some_and(|answer| answer.code == 200 && answer.payload.len() == 32),
         "accepted, and named"
     );
+    Ok(())
+}
+
+/// RFC 8446, 6.1: who says goodbye in TLS hears one, or its library would report an attack.
+fn a_goodbye_is_answered(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
+    let (mut wire, _) = target.offer()?.greet(target.daemon.address)?;
+    wire.stream.conn.send_close_notify();
+    wire.stream.flush()?;
+    ensure!(wire.stream.read(&mut [0])? == 0, "it says more");
     Ok(())
 }

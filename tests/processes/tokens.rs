@@ -7,19 +7,23 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use overlay_core::config::Profile;
 use overlay_tests::subscriber::Subscriber;
 use overlay_tests::wait;
-use overlay_tests::{http, programs};
+use overlay_tests::{http, on_both_profiles, programs};
 use rustix::process::{Signal, kill_process};
 
-use crate::local::mesh::{Daemon, LIMIT, Mesh};
+use crate::local::mesh::{Daemon, LIMIT, Mesh, one_mesh};
 
-const TWO: &str = "apiVersion: overlay.rustyonions.io/v1alpha1
-kind: OverlayNode
-metadata: {name: two}
-spec: {replicas: 2, readiness: {minPeers: 1}, drain: {delay: 0s, timeout: 1s}}
-";
 const NODE: &str = "spiffe://overlay.local/ns/default/overlaynode/two";
+
+on_both_profiles!(
+    a_minted_token_allows_what_was_asked_for,
+    k1_a_token_that_dies_ends_its_stream,
+    k1_a_key_that_is_removed_ends_its_streams,
+    streams_outlive_their_tokens,
+    t6_a_broken_file_changes_nothing,
+);
 
 struct Target {
     mesh: Mesh,
@@ -27,8 +31,8 @@ struct Target {
 }
 
 impl Target {
-    fn start() -> Result<Self> {
-        let mesh = Mesh::start(TWO, &[])?;
+    fn start(profile: Profile) -> Result<Self> {
+        let mesh = Mesh::start(&one_mesh("two", profile, "replicas: 2, readiness: {minPeers: 1}"), &[])?;
         let daemons = mesh.ready()?;
         Ok(Self { mesh, daemons })
     }
@@ -78,9 +82,8 @@ fn inspect(token: &PathBuf, more: &[&str]) -> Result<(bool, String)> {
 
 /// What is minted is what was asked for: it verifies by the daemons' keys, allows that, and
 /// nothing else; what cannot be minted says which option is wrong.
-#[test]
-fn a_minted_token_allows_what_was_asked_for() -> Result<()> {
-    let target = Target::start()?;
+fn a_minted_token_allows_what_was_asked_for(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
     let [daemon, _] = &target.daemons[..] else { anyhow::bail!("two daemons") };
     let file = target.mesh.folder().join("client-token");
     let token = target.minted(&["--topics", "news", "--actions", "publish", "--ttl", "1h"])?;
@@ -108,9 +111,8 @@ fn a_minted_token_allows_what_was_asked_for() -> Result<()> {
 }
 
 /// K1: a token that dies while its stream is open ends it, and the reader is told why.
-#[test]
-fn k1_a_token_that_dies_ends_its_stream() -> Result<()> {
-    let target = Target::start()?;
+fn k1_a_token_that_dies_ends_its_stream(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
     let file = target.mesh.folder().join("client-token");
     target.place(&file, &target.minted(&["--topics", "news", "--actions", "subscribe", "--ttl", "2s"])?)?;
     let output = target.subscribe(&target.daemons[0], &file, &[])?.stdin(Stdio::null()).output()?;
@@ -122,9 +124,8 @@ fn k1_a_token_that_dies_ends_its_stream() -> Result<()> {
 
 /// K1: a key that is taken away ends the streams of its tokens, and the session goes on without
 /// them: a token of the next key opens another.
-#[test]
-fn k1_a_key_that_is_removed_ends_its_streams() -> Result<()> {
-    let (target, next) = (Target::start()?, Target::start()?);
+fn k1_a_key_that_is_removed_ends_its_streams(profile: Profile) -> Result<()> {
+    let (target, next) = (Target::start(profile)?, Target::start(profile)?);
     let at = &target.daemons[0];
     let files = |target: &Target| {
         let socket = &target.daemons[0].socket;
@@ -152,9 +153,8 @@ fn k1_a_key_that_is_removed_ends_its_streams() -> Result<()> {
 
 /// A client and the daemons' own gossip go on past the life of the tokens that they began with,
 /// as long as their files are rewritten in time.
-#[test]
-fn streams_outlive_their_tokens() -> Result<()> {
-    let target = Target::start()?;
+fn streams_outlive_their_tokens(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
     let [near, far] = &target.daemons[..] else { anyhow::bail!("two daemons") };
     let (file, old) = (target.mesh.folder().join("client-token"), target.mesh.folder().join("old-token"));
     let peers: Vec<PathBuf> =
@@ -182,9 +182,8 @@ fn streams_outlive_their_tokens() -> Result<()> {
 
 /// T6: files that are broken while a daemon runs change nothing but the counts, and SIGHUP has
 /// them looked at.
-#[test]
-fn t6_a_broken_file_changes_nothing() -> Result<()> {
-    let target = Target::start()?;
+fn t6_a_broken_file_changes_nothing(profile: Profile) -> Result<()> {
+    let target = Target::start(profile)?;
     let daemon = &target.daemons[0];
     let failed = || -> Result<f64> {
         let metrics = http::get(daemon.admin, "/metrics")?.body;

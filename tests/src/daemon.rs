@@ -40,12 +40,13 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts one, with what `change` makes of the defaults of a Macronode. It is ready.
+    /// Starts one, with what `change` makes of the defaults of its profile: with amnesia on a
+    /// Micronode, without it on a Macronode. It is ready.
     ///
     /// # Errors
     /// It does not start, with its log.
-    pub fn start(change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
-        Self::start_under(&[], change)
+    pub fn start(profile: Profile, change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+        Self::start_under(profile, &[], change)
     }
 
     /// The same as the daemon of a mesh: with this name and these peers, and the authority that
@@ -54,23 +55,25 @@ impl Daemon {
     /// # Errors
     /// As [`Self::start`].
     pub fn start_in_mesh(
+        profile: Profile,
         authority: Arc<Authority>,
         peers: PeersConfig,
         change: impl FnOnce(&mut DaemonConfig),
     ) -> Result<Self> {
-        Self::start_with(&[], authority, peers, change)
+        Self::start_with(profile, &[], authority, peers, change)
     }
 
     /// The same under limits: options of prlimit(1).
     ///
     /// # Errors
     /// As [`Self::start`].
-    pub fn start_under(limits: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+    pub fn start_under(profile: Profile, limits: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
         let peers = PeersConfig { format: config::FORMAT, name: "target".to_owned(), peers: Vec::new() };
-        Self::start_with(limits, Arc::new(Authority::new()?), peers, change)
+        Self::start_with(profile, limits, Arc::new(Authority::new()?), peers, change)
     }
 
     fn start_with(
+        profile: Profile,
         limits: &[&str],
         authority: Arc<Authority>,
         peers: PeersConfig,
@@ -78,7 +81,7 @@ impl Daemon {
     ) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("overlay-daemon-").tempdir_in("/dev/shm")?;
         let home = tempfile::Builder::new().prefix("overlay-daemon-").tempdir()?;
-        let config = write(folder.path(), &authority, &peers, change)?;
+        let config = write(folder.path(), &authority, profile, &peers, change)?;
         let daemon = programs::built("overlay-daemon")?;
         let program = if limits.is_empty() { daemon.clone() } else { PathBuf::from("prlimit") };
         let mut process = Process::start("overlay-daemon", &program, &folder.path().join("log"), |command| {
@@ -217,9 +220,7 @@ impl Daemon {
     /// # Errors
     /// The process is gone.
     pub fn resident_kib(&self) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-        Ok(line.trim().trim_end_matches(" kB").parse()?)
+        self.process.resident_kib()
     }
 
     /// Processor time of all threads that it has.
@@ -227,12 +228,7 @@ impl Daemon {
     /// # Errors
     /// The process is gone.
     pub fn processor_time(&self) -> Result<Duration> {
-        let mut nanoseconds = 0;
-        for task in fs::read_dir(format!("/proc/{}/task", self.process.id()))? {
-            let text = fs::read_to_string(task?.path().join("schedstat"))?;
-            nanoseconds += text.split(' ').next().unwrap_or_default().parse::<u64>()?;
-        }
-        Ok(Duration::from_nanos(nanoseconds))
+        self.process.processor_time()
     }
 
     /// Connections that it has accepted and not closed, of TCP and of the Unix socket, as the
@@ -275,6 +271,7 @@ impl Daemon {
 fn write(
     folder: &Path,
     authority: &Authority,
+    profile: Profile,
     peers: &PeersConfig,
     change: impl FnOnce(&mut DaemonConfig),
 ) -> Result<PathBuf> {
@@ -298,7 +295,8 @@ fn write(
     };
     let token = config::Token { keys: folder.join("keys.json"), file: folder.join("peer") };
     let socket = folder.join("socket");
-    let mut config = DaemonConfig::with_defaults(Profile::Macronode, loopback, loopback, tls, token, socket);
+    let mut config = DaemonConfig::with_defaults(profile, loopback, loopback, tls, token, socket);
+    config.overlay.amnesia = profile == Profile::Micronode;
     config.drain = config::Drain { delay_ms: 0, timeout_ms: 5_000 };
     change(&mut config);
     fs::write(folder.join("peers.toml"), peers.to_toml()?)?;

@@ -11,6 +11,7 @@ pub mod kubectl;
 pub mod oap;
 pub mod operator;
 pub mod process;
+pub mod profile;
 pub mod programs;
 pub mod subscriber;
 #[cfg(test)]

@@ -46,6 +46,18 @@ impl Process {
         self.child.id()
     }
 
+    /// KiB of memory resident.
+    pub fn resident_kib(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
+    }
+
+    /// Processor time of all threads that it has.
+    pub fn processor_time(&self) -> Result<Duration> {
+        processor_time(self.id())
+    }
+
     /// An error with the end of the log, if the process is no longer running.
     pub fn check(&mut self) -> Result<()> {
         if let Some(status) = self.poll()? {
@@ -116,6 +128,16 @@ impl Process {
         }
         Ok(self.ended)
     }
+}
+
+/// Processor time of all threads that a process has, by the scheduler's own nanoseconds.
+pub fn processor_time(process: u32) -> Result<Duration> {
+    let mut nanoseconds = 0;
+    for task in fs::read_dir(format!("/proc/{process}/task"))? {
+        let text = fs::read_to_string(task?.path().join("schedstat"))?;
+        nanoseconds += text.split(' ').next().unwrap_or_default().parse::<u64>()?;
+    }
+    Ok(Duration::from_nanos(nanoseconds))
 }
 
 impl Drop for Process {

@@ -5,7 +5,8 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use aws_lc_rs::signature::Ed25519KeyPair;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
@@ -77,7 +78,9 @@ impl Authority {
     /// # Errors
     /// The id is no URI.
     pub fn leaf_pem(&self, id: &str) -> Result<(String, String)> {
-        let key = KeyPair::generate_for(&PKCS_ED25519)?;
+        // What OpenSSL reads too: the first version of PKCS #8.
+        let key = Ed25519KeyPair::generate().and_then(|key| key.to_pkcs8v1()).context("generating a key")?;
+        let key = KeyPair::try_from(key.as_ref())?;
         Ok((self.issue(&leaf_params(id)?, &key)?.pem(), key.serialize_pem()))
     }
 

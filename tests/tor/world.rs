@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use overlay_core::config::{DaemonConfig, FORMAT, Peer, PeersConfig, Transport};
+use overlay_core::config::{DaemonConfig, FORMAT, Peer, PeersConfig, Profile, Transport};
 use overlay_core::identity::SpiffeId;
 use overlay_tests::control_plane::free_ports;
 use overlay_tests::daemon::Daemon;
@@ -61,7 +61,7 @@ impl World {
         change: impl FnOnce(&mut DaemonConfig),
     ) -> Result<Daemon> {
         let peers = PeersConfig { format: FORMAT, name: name.to_owned(), peers };
-        let daemon = Daemon::start_in_mesh(Arc::clone(&self.authority), peers, change)?;
+        let daemon = Daemon::start_in_mesh(Profile::Macronode, Arc::clone(&self.authority), peers, change)?;
         fs::write(token_file(&daemon), daemon.local_token()?)?;
         Ok(daemon)
     }

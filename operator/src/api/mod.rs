@@ -74,10 +74,20 @@ pub const KIND: &str = "OverlayNode";
     printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message"),
     printcolumn(name = "Image", type_ = "string", json_path = ".status.effective.image", priority = 1)
 )]
-#[x_kube(validation = Rule::new("self.profile != 'Micronode' || self.amnesia")
-    .message("must be true with profile Micronode, which keeps nothing; use profile Macronode to turn it off")
-    .field_path(".amnesia")
-    .reason(Reason::FieldValueInvalid))]
+#[x_kube(
+    validation = Rule::new("self.profile != 'Micronode' || self.amnesia")
+        .message("must be true with profile Micronode, which keeps nothing; use profile Macronode to turn it off")
+        .field_path(".amnesia")
+        .reason(Reason::FieldValueInvalid),
+    validation = Rule::new("!self.transports.quic.enabled || self.tls.keyExchange == 'RequireHybrid'")
+        .message("must be false unless tls.keyExchange is RequireHybrid: QUIC does not tell what was agreed on, and is known to be hybrid only where nothing else is offered")
+        .field_path(".transports.quic.enabled")
+        .reason(Reason::FieldValueInvalid),
+    validation = Rule::new("self.peers.transport != 'QUIC' || self.transports.quic.enabled")
+        .message("must be TCP unless transports.quic.enabled is true")
+        .field_path(".peers.transport")
+        .reason(Reason::FieldValueInvalid)
+)]
 #[serde(rename_all = "camelCase")]
 pub struct OverlayNodeSpec {
     /// The size of deployment that limits default to; the semantics are the same.
@@ -107,6 +117,9 @@ pub struct OverlayNodeSpec {
     /// What the mesh may carry.
     #[serde(default)]
     pub auth: Auth,
+    /// How the daemons hold sessions with one another.
+    #[serde(default)]
+    pub peers: Peers,
     /// Caps of each daemon, changed without a restart. One request is a frame that expects an
     /// answer.
     #[serde(default)]
@@ -169,6 +182,8 @@ pub enum Profile {
 pub struct Transports {
     /// TLS over TCP.
     pub tcp: Tcp,
+    /// QUIC, besides.
+    pub quic: Quic,
 }
 
 /// TLS over TCP.
@@ -178,6 +193,38 @@ pub struct Tcp {
     /// The port that pods listen on. `local` gives each daemon a free port instead.
     #[schemars(schema_with = "port")]
     pub port: u16,
+}
+
+/// QUIC over UDP: the same certificates and key exchange, one stream a session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Quic {
+    /// Whether QUIC sessions are accepted. Takes tls.keyExchange RequireHybrid.
+    pub enabled: bool,
+    /// The UDP port that pods listen on. `local` uses the number of the daemon's TCP port instead.
+    #[schemars(schema_with = "udp_port")]
+    pub port: u16,
+}
+
+/// How the daemons of a mesh hold sessions with one another.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Peers {
+    /// Over what they dial one another; changed without a restart, for new sessions. QUIC takes
+    /// transports.quic.enabled.
+    pub transport: PeerTransport,
+}
+
+/// Over what a daemon dials another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PeerTransport {
+    /// TLS over TCP.
+    #[default]
+    #[serde(rename = "TCP")]
+    Tcp,
+    /// QUIC over UDP.
+    #[serde(rename = "QUIC")]
+    Quic,
 }
 
 /// Session security: TLS 1.3 with certificates on both sides, always.
@@ -369,6 +416,12 @@ impl Default for Tcp {
     }
 }
 
+impl Default for Quic {
+    fn default() -> Self {
+        Self { enabled: false, port: 9500 }
+    }
+}
+
 impl Default for Auth {
     fn default() -> Self {
         Self { tenants: vec![TenantId(0)] }
@@ -432,6 +485,7 @@ impl Default for OverlayNodeSpec {
             transports: Transports::default(),
             tls: Tls::default(),
             auth: Auth::default(),
+            peers: Peers::default(),
             limits: Limits::default(),
             gossip: Gossip::default(),
             readiness: Readiness::default(),
@@ -450,6 +504,10 @@ fn port(_: &mut SchemaGenerator) -> Schema {
         "type": "integer", "format": "int32", "minimum": 1, "maximum": 65_535,
         "x-kubernetes-validations": [{ "rule": "self != 9600", "message": "must not be 9600, which the daemon's admin server has" }],
     })
+}
+
+fn udp_port(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "integer", "format": "int32", "minimum": 1, "maximum": 65_535 })
 }
 
 fn tenants(_: &mut SchemaGenerator) -> Schema {

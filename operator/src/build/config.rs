@@ -6,7 +6,9 @@ use overlay_core::identity::SpiffeId;
 
 use super::names;
 use super::placement::{PEER_TOKEN, Placement, TOKEN_KEYS};
-use crate::api::{Effective, EffectiveLimits, KeyExchange, LogFormat, LogLevel, OverlayNode, Profile, Size, TlsSource};
+use crate::api::{
+    Effective, EffectiveLimits, KeyExchange, LogFormat, LogLevel, OverlayNode, PeerTransport, Profile, Size, TlsSource,
+};
 
 /// Pods that a rolling change takes away at once.
 const MAX_UNAVAILABLE: u32 = 1;
@@ -31,6 +33,7 @@ pub fn daemon_config(node: &OverlayNode, at: &Placement) -> DaemonConfig {
     };
     let token = config::Token { keys: at.token.join(TOKEN_KEYS), file: at.token.join(PEER_TOKEN) };
     let mut out = DaemonConfig::with_defaults(profile, at.listen, at.admin, tls, token, at.socket.clone());
+    out.overlay.listen_quic = spec.transports.quic.enabled.then_some(at.listen_quic);
     limits(node, &mut out.overlay);
     gossip(node, &mut out.gossip);
     out.gossip.store_bytes = out.gossip.store_bytes.min(out.overlay.memory_bytes / 2);
@@ -112,7 +115,10 @@ pub fn peers_config(
         name: names::daemon(node, other),
         address: address_of(other),
         identity: identity_of(other),
-        transport: Transport::Tcp,
+        transport: match node.spec.peers.transport {
+            PeerTransport::Tcp => Transport::Tcp,
+            PeerTransport::Quic => Transport::Quic,
+        },
     });
     PeersConfig { format: FORMAT, name: names::daemon(node, ordinal), peers: peers.collect() }
 }

@@ -2,7 +2,7 @@
 
 use overlay_core::identity::{NameError, SpiffeId};
 
-use crate::api::OverlayNode;
+use crate::api::{OverlayNode, PeerTransport};
 
 /// The namespace of a manifest that names none.
 pub const DEFAULT_NAMESPACE: &str = "default";
@@ -18,6 +18,8 @@ pub const SIGNER: &str = "overlay.rustyonions.io/mesh";
 pub const CONTAINER: &str = "overlay-daemon";
 /// The port name of sessions.
 pub const SESSION_PORT: &str = "overlay";
+/// The port name of sessions over QUIC.
+pub const QUIC_PORT: &str = "overlay-quic";
 /// The port name of admin HTTP.
 pub const ADMIN_PORT: &str = "overlay-admin";
 /// The shared configuration file.
@@ -103,6 +105,9 @@ pub fn peers_file(daemon: &str) -> String {
 /// Where other pods reach the daemon of an ordinal.
 #[must_use]
 pub fn pod_address(node: &OverlayNode, ordinal: u32) -> String {
-    let port = node.spec.transports.tcp.port;
+    let port = match node.spec.peers.transport {
+        PeerTransport::Tcp => node.spec.transports.tcp.port,
+        PeerTransport::Quic => node.spec.transports.quic.port,
+    };
     format!("{}.{}.{}.svc:{port}", daemon(node, ordinal), peers_service(node), namespace(node))
 }

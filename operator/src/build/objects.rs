@@ -218,16 +218,17 @@ fn config_map(inputs: &Inputs<'_>) -> Result<ConfigMap, BuildError> {
 }
 
 fn service(inputs: &Inputs<'_>, name: String, headless: bool) -> Service {
-    let port = |name: &str, number: u16| ServicePort {
+    let port = |name: &str, protocol: &str, number: u16| ServicePort {
         name: Some(name.to_owned()),
         port: i32::from(number),
-        protocol: Some("TCP".to_owned()),
+        protocol: Some(protocol.to_owned()),
         target_port: Some(IntOrString::String(name.to_owned())),
         ..Default::default()
     };
-    let mut ports = vec![port(names::SESSION_PORT, inputs.config.overlay.listen.port())];
+    let mut ports = vec![port(names::SESSION_PORT, "TCP", inputs.config.overlay.listen.port())];
+    ports.extend(inputs.config.overlay.listen_quic.map(|quic| port(names::QUIC_PORT, "UDP", quic.port())));
     if headless {
-        ports.push(port(names::ADMIN_PORT, inputs.config.observability.metrics.port()));
+        ports.push(port(names::ADMIN_PORT, "TCP", inputs.config.observability.metrics.port()));
     }
     Service {
         metadata: metadata(inputs.node, name),

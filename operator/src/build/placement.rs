@@ -42,6 +42,8 @@ pub const POD_RUN: &str = "/run/overlay";
 pub struct Placement {
     /// Where TCP+TLS sessions are accepted.
     pub listen: SocketAddr,
+    /// Where QUIC sessions are accepted, if they are.
+    pub listen_quic: SocketAddr,
     /// Where admin HTTP is served.
     pub admin: SocketAddr,
     /// The leaf certificate.
@@ -68,6 +70,7 @@ impl Placement {
         };
         Self {
             listen: any(node.spec.transports.tcp.port),
+            listen_quic: any(node.spec.transports.quic.port),
             admin: any(ADMIN_PORT),
             certificate: tls.join(certificate),
             key: tls.join(key),
@@ -78,11 +81,12 @@ impl Placement {
     }
 
     /// On loopback: the socket in the daemon's own `folder`, certificates and tokens in
-    /// `trust`, and the addresses that the caller found free.
+    /// `trust`, and the addresses that the caller found free; `listen` for TCP and UDP.
     #[must_use]
     pub fn local(folder: &Path, trust: &Path, listen: SocketAddr, admin: SocketAddr) -> Self {
         Self {
             listen,
+            listen_quic: listen,
             admin,
             certificate: trust.join(TLS_CERTIFICATE),
             key: trust.join(TLS_KEY),

@@ -135,12 +135,15 @@ fn some<T>(items: Vec<T>) -> Option<Vec<T>> {
 fn container(inputs: &Inputs<'_>) -> Container {
     let text = str::to_owned;
     let config = |file: &str| format!("{}/{file}", placement::POD_CONFIG);
-    let port = |name: &str, number: u16| ContainerPort {
+    let port = |name: &str, protocol: &str, number: u16| ContainerPort {
         name: Some(text(name)),
         container_port: i32::from(number),
-        protocol: Some(text("TCP")),
+        protocol: Some(text(protocol)),
         ..Default::default()
     };
+    let mut ports = vec![port(names::SESSION_PORT, "TCP", inputs.config.overlay.listen.port())];
+    ports.extend(inputs.config.overlay.listen_quic.map(|quic| port(names::QUIC_PORT, "UDP", quic.port())));
+    ports.push(port(names::ADMIN_PORT, "TCP", inputs.config.observability.metrics.port()));
     Container {
         name: text(names::CONTAINER),
         image: Some(text(inputs.image)),
@@ -168,10 +171,7 @@ fn container(inputs: &Inputs<'_>) -> Container {
                 ..Default::default()
             },
         ]),
-        ports: Some(vec![
-            port(names::SESSION_PORT, inputs.config.overlay.listen.port()),
-            port(names::ADMIN_PORT, inputs.config.observability.metrics.port()),
-        ]),
+        ports: Some(ports),
         // Startup and liveness never depend on peers: a mesh that cannot form must not be restarted over it.
         startup_probe: Some(probe("/healthz", 1, STARTUP_SECONDS)),
         liveness_probe: Some(probe("/healthz", 10, 3)),

@@ -5,7 +5,7 @@ use std::collections::hash_map::RandomState;
 use std::fs;
 use std::hash::BuildHasher;
 use std::io;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::ops::RangeInclusive;
 
 /// The lowest that is chosen: below it are the ports of well-known services.
@@ -13,7 +13,7 @@ const LOWEST: u16 = 10_000;
 /// Linux's own range for outgoing connections, where `/proc` does not tell.
 const DEFAULT_EPHEMERAL: RangeInclusive<u16> = 32_768..=60_999;
 
-/// `count` ports that are free on 127.0.0.1 now.
+/// `count` ports that are free on 127.0.0.1 now, for TCP and for UDP.
 ///
 /// # Errors
 /// There are not so many.
@@ -28,12 +28,19 @@ pub(super) fn free(count: usize) -> io::Result<Vec<u16>> {
         if held.len() == count {
             break;
         }
-        held.extend(TcpListener::bind((Ipv4Addr::LOCALHOST, port)));
+        held.extend(hold(port));
     }
     while held.len() < count {
-        held.push(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?);
+        held.push(hold(0)?);
     }
-    held.iter().map(|listener| Ok(listener.local_addr()?.port())).collect()
+    held.iter().map(|(listener, _)| Ok(listener.local_addr()?.port())).collect()
+}
+
+/// One port, as long as it is not dropped.
+fn hold(port: u16) -> io::Result<(TcpListener, UdpSocket)> {
+    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
+    let udp = UdpSocket::bind(tcp.local_addr()?)?;
+    Ok((tcp, udp))
 }
 
 /// Every port from [`LOWEST`] on that is not in `ephemeral`, once, from a place that `seed`
@@ -76,7 +83,7 @@ mod tests {
         let ports = free(12).unwrap();
         assert_eq!(ports.iter().collect::<BTreeSet<_>>().len(), 12);
         for port in ports {
-            TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+            hold(port).unwrap();
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use aws_lc_rs::signature::Ed25519KeyPair;
 use overlay_core::identity::SpiffeId;
 use rcgen::string::Ia5String;
 use rcgen::{
@@ -218,8 +219,12 @@ impl fmt::Debug for Leaf {
     }
 }
 
+/// In the first version of PKCS #8, which every TLS library reads: OpenSSL does not know the
+/// second, in which rcgen would write it.
 fn new_key(what: &'static str) -> Result<Zeroizing<KeyPair>, TrustError> {
-    KeyPair::generate_for(&PKCS_ED25519).map(Zeroizing::new).map_err(failed(what))
+    let random = |_| failed(what)(rcgen::Error::RingUnspecified);
+    let key = Ed25519KeyPair::generate().and_then(|key| key.to_pkcs8v1()).map_err(random)?;
+    KeyPair::try_from(key.as_ref()).map(Zeroizing::new).map_err(failed(what))
 }
 
 fn failed(what: &'static str) -> impl Fn(rcgen::Error) -> TrustError {

@@ -155,6 +155,17 @@ fn no_private_key_is_ever_printed() {
     assert!(!format!("{bad} {bad:?}").contains(kept.key.lines().nth(1).unwrap()));
 }
 
+/// A private key is of the first version of PKCS #8, which other TLS libraries read too.
+#[test]
+fn a_leafs_key_is_one_that_others_read() {
+    let leaf = leaf(&Ca::generate(now()).unwrap());
+    let (_, block) = parse_x509_pem(leaf.key_pem.as_bytes()).unwrap();
+    assert_eq!(block.label, "PRIVATE KEY");
+    // PrivateKeyInfo (RFC 5208): version 0, Ed25519, 32 bytes of seed, and nothing else.
+    assert_eq!(block.contents.len(), 48);
+    assert_eq!(block.contents[..16], *b"\x30\x2e\x02\x01\x00\x30\x05\x06\x03\x2b\x65\x70\x04\x22\x04\x20");
+}
+
 /// A request as the kubelet makes it: a key, its signature, nothing else.
 fn request_of(key: &rcgen::KeyPair) -> Vec<u8> {
     let mut params = rcgen::CertificateParams::default();

@@ -91,6 +91,17 @@ impl HelloReply {
             daemon: Some(daemon),
         }
     }
+
+    /// The same of a daemon that accepts sessions over `transports`, beside the Unix socket.
+    #[must_use]
+    pub fn over(mut self, transports: &[Transport]) -> Self {
+        for label in transports.iter().map(|transport| transport.label()) {
+            if !self.transports.iter().any(|known| known == label) {
+                self.transports.push(label.to_owned());
+            }
+        }
+        self
+    }
 }
 
 /// What a START's payload asks for. Which of them a stream may ask for is its

@@ -36,7 +36,7 @@ mod tests;
 
 pub use leaf::{IdentityError, Leaf};
 pub use reload::{Keys, POLL_INTERVAL};
-pub use tls::{ALPN, KeyExchangeGroup};
+pub use tls::{ALPN, KeyExchangeGroup, QuicKeys};
 pub use token::{MAX_TOKEN_KEYS, Verifier};
 
 use token::TokenKeys;
@@ -169,6 +169,7 @@ pub struct KeySet {
     audience: SpiffeId,
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
+    quic: Option<QuicKeys>,
     authorities: tls::Authorities,
     /// Tells one bundle of authorities from another.
     bundle: blake3::Hash,
@@ -194,10 +195,23 @@ impl KeySet {
         match (tls, keys, token) {
             (Ok(tls), Ok(token_keys), Ok(peer_token)) => {
                 let (server, client) = tls.configs().map_err(|e| vec![sources.certificate.invalid(e)])?;
+                let quic = QuicKeys::new(sources.key_exchange, &server, &client)
+                    .map_err(|e| vec![sources.certificate.invalid(e)])?;
                 let authorities = tls.authorities().map_err(|e| vec![sources.ca.invalid(e)])?;
                 let (audience, bundle) = (tls.leaf.identity.without_pod(), blake3::hash(&ca));
                 let leaf = tls.leaf;
-                Ok(Self { leaf, audience, server, client, authorities, bundle, token_keys, peer_token, generation })
+                Ok(Self {
+                    leaf,
+                    audience,
+                    server,
+                    client,
+                    quic,
+                    authorities,
+                    bundle,
+                    token_keys,
+                    peer_token,
+                    generation,
+                })
             }
             (tls, keys, token) => Err([tls.err(), keys.err(), token.err()].into_iter().flatten().flatten().collect()),
         }
@@ -231,6 +245,12 @@ impl KeySet {
     #[must_use]
     pub fn client(&self) -> &Arc<ClientConfig> {
         &self.client
+    }
+
+    /// For both over QUIC; none where the policy is not to require the hybrid key exchange.
+    #[must_use]
+    pub fn quic(&self) -> Option<&QuicKeys> {
+        self.quic.as_ref()
     }
 
     /// Whether a chain that a handshake took still leads to an authority of the bundle at

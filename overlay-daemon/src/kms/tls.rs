@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use overlay_core::config::KeyExchange;
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
 use rustls::crypto::aws_lc_rs::{self, kx_group};
@@ -161,6 +162,43 @@ impl Material {
         // A peer is who its certificate says, never a name that it was dialled by.
         config.enable_sni = false;
         Ok(Arc::new(config))
+    }
+}
+
+/// The same configurations for QUIC, which does not tell the key exchange: only of a policy that
+/// leaves one.
+pub struct QuicKeys {
+    server: Arc<QuicServerConfig>,
+    client: Arc<QuicClientConfig>,
+}
+
+impl QuicKeys {
+    /// None where `policy` leaves a choice of key exchanges.
+    pub(super) fn new(
+        policy: KeyExchange,
+        server: &Arc<ServerConfig>,
+        client: &Arc<ClientConfig>,
+    ) -> Result<Option<Self>, ConfigurationError> {
+        if policy != KeyExchange::RequireHybrid {
+            return Ok(None);
+        }
+        let unfit = |error: quinn::crypto::rustls::NoInitialCipherSuite| ConfigurationError(error.to_string());
+        Ok(Some(Self {
+            server: Arc::new(QuicServerConfig::try_from(Arc::clone(server)).map_err(unfit)?),
+            client: Arc::new(QuicClientConfig::try_from(Arc::clone(client)).map_err(unfit)?),
+        }))
+    }
+
+    /// For accepting.
+    #[must_use]
+    pub fn server(&self) -> &Arc<QuicServerConfig> {
+        &self.server
+    }
+
+    /// For dialling.
+    #[must_use]
+    pub fn client(&self) -> &Arc<QuicClientConfig> {
+        &self.client
     }
 }
 

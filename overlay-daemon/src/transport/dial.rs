@@ -16,7 +16,7 @@ use crate::clock::Clock;
 
 /// TLS insists on a server's name. It is neither sent nor checked: who answers is judged by
 /// the certificate's URI SAN.
-const NO_NAME: &str = "overlay.invalid";
+pub(super) const NO_NAME: &str = "overlay.invalid";
 
 /// Why dialling came to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -109,5 +109,5 @@ async fn handshake(
     stream.set_nodelay(true)?;
     let name = ServerName::try_from(NO_NAME).map_err(|error| HandshakeError::Io(io::Error::other(error)))?;
     let stream = TlsConnector::from(Arc::clone(tls)).connect(name, stream).await?;
-    Connection::establish(TlsStream::from(stream), transport, deadline)
+    Connection::of_tls(TlsStream::from(stream), transport, deadline)
 }

@@ -14,7 +14,7 @@ use tokio_rustls::{LazyConfigAcceptor, TlsStream};
 
 use super::pace::{Pace, is_callers};
 use super::pending::{Pending, Place};
-use super::{Connection, Descriptors, HandshakeError, Timing};
+use super::{Connection, Descriptor, Descriptors, HandshakeError, Timing};
 use crate::clock::Clock;
 use crate::kms::{ALPN, KeySet};
 
@@ -44,16 +44,21 @@ impl AcceptError {
 
 /// Handshakes under way, and those that wait. Other bounds are another pair: handshakes that have
 /// begun finish under the old one.
-struct Handshakes {
-    most: usize,
-    running: Semaphore,
-    waiting: Semaphore,
+pub(super) struct Handshakes {
+    pub(super) most: usize,
+    pub(super) running: Semaphore,
+    pub(super) waiting: Semaphore,
 }
 
 impl Handshakes {
-    fn new(most: usize) -> Arc<Self> {
+    pub(super) fn new(most: usize) -> Arc<Self> {
         let permits = |count: usize| Semaphore::new(count.clamp(1, Semaphore::MAX_PERMITS));
         Arc::new(Self { most, running: permits(most), waiting: permits(most.saturating_mul(WAITING)) })
+    }
+
+    /// Whether more than half of them are under way.
+    pub(super) fn are_many(&self) -> bool {
+        self.running.available_permits() <= self.most / 2
     }
 }
 
@@ -76,7 +81,7 @@ pub struct Listener {
     timing: Timing,
     clock: Clock,
     handshakes: Arc<Handshakes>,
-    pending: Pending,
+    pending: Pending<Descriptor>,
     descriptors: Descriptors,
     pace: Pace,
 }
@@ -114,7 +119,7 @@ impl Listener {
     }
 
     #[cfg(test)]
-    pub(super) fn pending(&self) -> &Pending {
+    pub(super) fn pending(&self) -> &Pending<Descriptor> {
         &self.pending
     }
 
@@ -151,7 +156,7 @@ pub struct Accepted {
     address: SocketAddr,
     transport: Transport,
     deadline: Instant,
-    place: Place,
+    place: Place<Descriptor>,
     handshakes: Arc<Handshakes>,
 }
 
@@ -194,7 +199,7 @@ impl Accepted {
         drop(turn);
         let stream = Box::pin(hello.into_stream(Arc::clone(keys.server()))).await?;
         drop(permit);
-        let connection = Connection::establish(TlsStream::from(stream), transport, deadline)?;
+        let connection = Connection::of_tls(TlsStream::from(stream), transport, deadline)?;
         Ok(Connection { descriptor: Some(descriptor), ..connection })
     }
 }

@@ -22,7 +22,9 @@ mod dial;
 mod listen;
 mod pace;
 mod pending;
+mod quic;
 mod socks;
+mod stream;
 mod tor;
 mod unix;
 
@@ -33,7 +35,9 @@ pub use descriptors::{Descriptor, Descriptors};
 pub use dial::{DialError, dial};
 pub use listen::{AcceptError, Accepted, Listener};
 pub use pace::{EXHAUSTED_PAUSE, is_callers};
+pub use quic::{Endpoints, QuicAccepted, QuicListener, QuicStream, dial_quic};
 pub use socks::{Isolation, Reply, SocksError};
+pub use stream::Stream;
 pub use tor::{Proxy, Via, dial_tor};
 pub use unix::{LocalConnection, LocalError, LocalListener};
 
@@ -58,7 +62,7 @@ pub struct TransportConfig {
     pub decompression_ratio: u8,
 }
 
-/// The configuration of every transport; the Unix socket has TCP's.
+/// The configuration of every transport; QUIC and the Unix socket have TCP's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transports {
     tcp: TransportConfig,
@@ -70,7 +74,7 @@ pub struct Transports {
 impl Transports {
     fn of(&self, transport: Transport) -> TransportConfig {
         match transport {
-            Transport::Tcp => self.tcp,
+            Transport::Tcp | Transport::Quic => self.tcp,
             Transport::Tor => self.tor,
         }
     }
@@ -154,7 +158,7 @@ impl TransportConfig {
 #[derive(Debug)]
 pub struct Connection {
     /// The bytes.
-    pub stream: TlsStream<TcpStream>,
+    pub stream: Stream,
     /// What carries them.
     pub transport: Transport,
     /// Who the certificate says it is. The caller decides whether that is who it wants.
@@ -173,11 +177,7 @@ pub struct Connection {
 
 impl Connection {
     /// Judges a finished TLS handshake.
-    fn establish(
-        stream: TlsStream<TcpStream>,
-        transport: Transport,
-        deadline: Instant,
-    ) -> Result<Self, HandshakeError> {
+    fn of_tls(stream: TlsStream<TcpStream>, transport: Transport, deadline: Instant) -> Result<Self, HandshakeError> {
         let (_, tls) = stream.get_ref();
         if tls.alpn_protocol() != Some(ALPN) {
             return Err(HandshakeError::Alpn);
@@ -186,7 +186,7 @@ impl Connection {
         let group = KeyExchangeGroup::of(tls).ok_or(HandshakeError::KeyExchange)?;
         let chain = tls.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect();
         Ok(Self {
-            stream,
+            stream: Stream::Tcp(Box::new(stream)),
             transport,
             peer: leaf.identity,
             chain,
@@ -217,6 +217,12 @@ pub enum HandshakeError {
     /// TLS refused: the version, the key exchange, a certificate.
     #[error("{0}")]
     Tls(rustls::Error),
+    /// QUIC refused, its TLS among it.
+    #[error("{0}")]
+    Quic(quinn::ConnectionError),
+    /// The keys are for a policy under which QUIC's key exchange would not be known.
+    #[error("QUIC takes tls.key_exchange RequireHybrid")]
+    NotHybrid,
     /// The other side does not speak `ron/oap1`.
     #[error("the other side does not offer ALPN ron/oap1")]
     Alpn,
@@ -239,7 +245,9 @@ impl HandshakeError {
         match self {
             Self::Timeout => Some(Reason::Timeout),
             Self::Crowded | Self::Busy => Some(Reason::Overflow),
-            Self::Tls(_) | Self::Alpn | Self::Identity(_) | Self::KeyExchange => Some(Reason::Tls),
+            Self::Tls(_) | Self::Quic(_) | Self::NotHybrid | Self::Alpn | Self::Identity(_) | Self::KeyExchange => {
+                Some(Reason::Tls)
+            }
             Self::Gone | Self::Io(_) => None,
         }
     }

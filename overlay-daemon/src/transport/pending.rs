@@ -6,40 +6,49 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
-use super::Descriptor;
-
 /// The silent connections of one listener, oldest first. Full: the oldest is told to close.
-#[derive(Clone, Default)]
-pub(super) struct Pending(Arc<Mutex<Waiting>>);
+/// `D` is what each of them costs: a descriptor, or nothing.
+pub(super) struct Pending<D>(Arc<Mutex<Waiting<D>>>);
 
-#[derive(Default)]
-struct Waiting {
-    next: u64,
-    oldest_first: BTreeMap<u64, Seat>,
+impl<D> Clone for Pending<D> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
 }
 
-struct Seat {
+impl<D> Default for Pending<D> {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Waiting { next: 0, oldest_first: BTreeMap::new() })))
+    }
+}
+
+struct Waiting<D> {
+    next: u64,
+    oldest_first: BTreeMap<u64, Seat<D>>,
+}
+
+struct Seat<D> {
     /// Dropping it tells the connection to close.
     _keep: oneshot::Sender<()>,
-    descriptor: Descriptor,
+    descriptor: D,
 }
 
 /// One place among them, given back when it is dropped.
-pub(super) struct Place {
-    pending: Pending,
+pub(super) struct Place<D> {
+    pending: Pending<D>,
     number: u64,
     evicted: oneshot::Receiver<()>,
 }
 
-impl Pending {
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
+impl<D> Pending<D> {
+    fn lock(&self) -> MutexGuard<'_, Waiting<D>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A place for one more connection, at the cost of the oldest if there are `most`, or if no
     /// `descriptor` was left: then it takes over the oldest's. None: nobody is silent, and what
     /// has spoken is not closed for a newcomer.
-    pub(super) fn enter(&self, most: usize, descriptor: Option<Descriptor>) -> Option<Place> {
+    pub(super) fn enter(&self, most: usize, descriptor: Option<D>) -> Option<Place<D>> {
         let (keep, evicted) = oneshot::channel();
         let mut waiting = self.lock();
         let mut oldest = || waiting.oldest_first.pop_first().map(|(_, seat)| seat.descriptor);
@@ -54,13 +63,18 @@ impl Pending {
         Some(Place { pending: self.clone(), number, evicted })
     }
 
+    /// Has the oldest close, if there is one.
+    pub(super) fn make_room(&self) {
+        self.lock().oldest_first.pop_first();
+    }
+
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.lock().oldest_first.len()
     }
 }
 
-impl Place {
+impl<D> Place<D> {
     /// Returns once another connection needed the place.
     pub(super) async fn evicted(&mut self) {
         // The sender never sends: this ends when it is dropped.
@@ -68,15 +82,15 @@ impl Place {
     }
 }
 
-impl Place {
+impl<D> Place<D> {
     /// Its connection has spoken: it takes its descriptor along. None where it was evicted at the
     /// same time.
-    pub(super) fn leave(self) -> Option<Descriptor> {
+    pub(super) fn leave(self) -> Option<D> {
         self.pending.lock().oldest_first.remove(&self.number).map(|seat| seat.descriptor)
     }
 }
 
-impl Drop for Place {
+impl<D> Drop for Place<D> {
     fn drop(&mut self) {
         self.pending.lock().oldest_first.remove(&self.number);
     }

@@ -115,7 +115,10 @@ async fn connect(server: &Keys, client: &Arc<ClientConfig>) -> Outcome {
         let mut accepted = listener.accept().await.unwrap().handshake(&server.current()).await?;
         accepted.stream.write_all(b"x").await.unwrap();
         accepted.stream.flush().await.unwrap();
-        let kind = accepted.stream.get_ref().1.handshake_kind();
+        let kind = match &accepted.stream {
+            Stream::Tcp(stream) => stream.get_ref().1.handshake_kind(),
+            Stream::Quic(_) => None,
+        };
         Ok((accepted.peer.to_string(), accepted.group, kind))
     };
     let dial = async {

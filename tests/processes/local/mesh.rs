@@ -8,7 +8,9 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use overlay_core::config::Profile;
 use overlay_tests::process::Process;
+use overlay_tests::profile;
 use overlay_tests::programs;
 use overlay_tests::subscriber::Subscriber;
 use overlay_tests::wait::{self, Look};
@@ -36,6 +38,18 @@ pub(crate) struct Mesh {
     pub(crate) operator: Process,
     folder: TempDir,
     runs: usize,
+}
+
+/// The manifest of one mesh of a profile; `spec` in flow form, without its braces.
+pub(crate) fn one_mesh(name: &str, profile: Profile, spec: &str) -> String {
+    let profile = profile::manifest(profile);
+    format!(
+        "apiVersion: overlay.rustyonions.io/v1alpha1
+kind: OverlayNode
+metadata: {{name: {name}}}
+spec: {{{profile}, {spec}, drain: {{delay: 0s, timeout: 1s}}}}
+"
+    )
 }
 
 /// A memory-backed folder that is private, as `XDG_RUNTIME_DIR` is.

@@ -1,6 +1,6 @@
 //! What a cluster could leave on a machine: namespaces (every process of it lives in some of
 //! its own), cgroups, mounts, network devices, kernel settings. Taken before and after, it is the
-//! same; what systemd starts and ends meanwhile is left out, another cluster is not.
+//! same; what systemd and others start and end meanwhile is left out, another cluster is not.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -57,7 +57,8 @@ impl Footprint {
         }
         walk(Path::new("/sys/fs/cgroup"), &mut |path, folder| {
             let systemds = [".slice", ".scope", ".service"].iter().any(|unit| path.to_string_lossy().contains(unit));
-            if folder && !systemds {
+            // One that holds a process is told by that process's namespaces, or is somebody else's.
+            if folder && !systemds && fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default().is_empty() {
                 facts.insert(format!("cgroup {}", path.display()));
             }
         });

@@ -4,7 +4,7 @@ use kube::core::ObjectMeta;
 use overlay_core::identity::TenantId;
 
 use super::*;
-use crate::api::{Duration, Gossip, OverlayNodeSpec};
+use crate::api::{Duration, Gossip, OverlayNodeSpec, PeerTransport, Quic};
 
 fn node(edit: impl FnOnce(&mut OverlayNodeSpec)) -> OverlayNode {
     let mut spec = OverlayNodeSpec::default();
@@ -141,6 +141,25 @@ fn everyone_is_everyone_elses_peer() {
     let pod = |other| id.pod(&names::daemon(&node, other)).unwrap();
     let got = peers_config(&node, 1, pod, |other| names::pod_address(&node, other));
     assert!(got.peers.iter().all(|p| p.identity.as_str() == format!("{id}/pod/{}", p.name)));
+}
+
+/// Over QUIC peers are dialled where QUIC is accepted; TCP goes on being accepted, and UDP only
+/// where it was asked for.
+#[test]
+fn peers_over_quic_are_dialled_at_its_port() {
+    let node = node(|spec| {
+        spec.replicas = 2;
+        spec.transports.quic = Quic { enabled: true, port: 9600 };
+        spec.peers.transport = PeerTransport::Quic;
+    });
+    let id = names::identity(&node, "overlay.local").unwrap();
+    let got = peers_config(&node, 0, |_| id.clone(), |other| names::pod_address(&node, other));
+    let got: Vec<_> = got.peers.iter().map(|p| (p.address.as_str(), p.transport)).collect();
+    assert_eq!(got, [("mesh-1.mesh-peers.prod.svc:9600", Transport::Quic)]);
+    let config = daemon_config(&node, &Placement::pod(&node, TlsSource::SelfManaged)).overlay;
+    assert_eq!(config.listen.to_string(), "0.0.0.0:9500");
+    assert_eq!(config.listen_quic.map(|quic| quic.to_string()), Some("0.0.0.0:9600".to_owned()));
+    assert_eq!(self::config(|spec| spec.transports.quic.port = 7).overlay.listen_quic, None);
 }
 
 #[test]

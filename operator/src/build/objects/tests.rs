@@ -107,6 +107,33 @@ fn services() {
     assert_eq!(spec(&o.peers), peers);
 }
 
+/// QUIC is UDP, and may have the number that TCP has.
+#[test]
+fn ports_of_quic() {
+    let o = build(&node(|spec| spec.transports.quic.enabled = true)).unwrap();
+    let ports = |spec: Value| {
+        let ports = spec.as_array().unwrap().clone();
+        ports
+            .iter()
+            .map(|p| {
+                format!(
+                    "{} {} {}",
+                    p["name"],
+                    p["protocol"],
+                    p["port"].as_i64().or(p["containerPort"].as_i64()).unwrap()
+                )
+            })
+            .collect::<Vec<_>>()
+    };
+    let (tcp, quic, admin) =
+        ("\"overlay\" \"TCP\" 9500", "\"overlay-quic\" \"UDP\" 9500", "\"overlay-admin\" \"TCP\" 9600");
+    let service = |service: &Service| ports(serde_json::to_value(&service.spec).unwrap()["ports"].clone());
+    assert_eq!(service(&o.client), [tcp, quic]);
+    assert_eq!(service(&o.peers), [tcp, quic, admin]);
+    let set = serde_json::to_value(&o.stateful_set).unwrap();
+    assert_eq!(ports(set["spec"]["template"]["spec"]["containers"][0]["ports"].clone()), [tcp, quic, admin]);
+}
+
 #[test]
 fn a_service_account_without_a_mounted_token() {
     let o = build(&node(|_| ())).unwrap();

@@ -66,6 +66,7 @@ impl Overlay {
             profile: _,
             amnesia: _,
             listen: _,
+            listen_quic: _,
             tenants: _,
             max_sessions,
             max_handshakes_in_flight,

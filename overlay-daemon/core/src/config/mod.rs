@@ -19,7 +19,7 @@ mod read;
 mod transport;
 
 pub use places::Places;
-pub use read::{ConfigError, daemon, peers};
+pub use read::{ConfigError, daemon, peers, peers_beside};
 pub use transport::{Tor, Transport, is_onion};
 
 /// The number in a file's `format`; a daemon refuses any other.
@@ -101,6 +101,10 @@ pub struct Overlay {
     pub amnesia: bool,
     /// Where TCP+TLS sessions are accepted. Required.
     pub listen: SocketAddr,
+    /// Where QUIC sessions are accepted, if anywhere: a UDP address, so its port may be that of
+    /// `listen`. Takes [`KeyExchange::RequireHybrid`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen_quic: Option<SocketAddr>,
     /// Tenants that this daemon originates and carries; 1 to 64.
     pub tenants: Vec<TenantId>,
     /// Sessions at once, peers and clients; 1 to 1,000,000. Clients leave one for each
@@ -248,7 +252,8 @@ pub struct Peer {
     pub address: String,
     /// The identity its certificate must have, or one below it.
     pub identity: SpiffeId,
-    /// What it is dialled by. Left out where it is TCP, so that older daemons read the file too.
+    /// Over what it is dialled. Who dials here may come over any. Left out where it is TCP, so that
+    /// older daemons read the file too.
     #[serde(skip_serializing_if = "Transport::is_default")]
     pub transport: Transport,
 }
@@ -278,13 +283,21 @@ impl DaemonConfig {
         }
     }
 
+    /// The transports by which sessions are accepted.
+    #[must_use]
+    pub fn accepts(&self) -> Vec<Transport> {
+        let quic = self.overlay.listen_quic.map(|_| Transport::Quic);
+        let tor = self.tor.listen.map(|_| Transport::Tor);
+        [Some(Transport::Tcp), quic, tor].into_iter().flatten().collect()
+    }
+
     /// For how long, in milliseconds, no byte either way ends a session; no transport is the Unix
     /// socket.
     #[must_use]
     pub fn idle_ms(&self, transport: Option<Transport>) -> u64 {
         match transport {
             Some(Transport::Tor) => self.tor.idle_timeout_ms,
-            Some(Transport::Tcp) | None => self.overlay.idle_timeout_ms,
+            Some(Transport::Tcp | Transport::Quic) | None => self.overlay.idle_timeout_ms,
         }
     }
 
@@ -344,6 +357,7 @@ impl Overlay {
             profile,
             amnesia: true,
             listen,
+            listen_quic: None,
             tenants: vec![TenantId(0)],
             max_sessions: if micro { 1_024 } else { 16_384 },
             max_handshakes_in_flight: if micro { 64 } else { 256 },

@@ -39,7 +39,8 @@ pub fn daemon(text: &str) -> Result<DaemonConfig, Vec<ConfigError>> {
     let observability = observability(root.table("observability", e), listen, e);
     let metrics = observability.as_ref().map(|observability| observability.metrics);
     let tor = tor(root.table("tor", e), [("overlay.listen", listen), ("observability.metrics", metrics)], e);
-    let tls = tls(root.table("tls", e), e);
+    let quic = overlay.as_ref().is_some_and(|overlay| overlay.listen_quic.is_some());
+    let tls = tls(root.table("tls", e), quic, e);
     let token = token(root.table("token", e), e);
     let unix = unix(root.table("unix", e), e);
     let memory = overlay.as_ref().map(|overlay| overlay.memory_bytes);
@@ -69,6 +70,15 @@ pub fn daemon(text: &str) -> Result<DaemonConfig, Vec<ConfigError>> {
 /// # Errors
 /// As [`daemon`].
 pub fn peers(text: &str) -> Result<PeersConfig, Vec<ConfigError>> {
+    peers_beside(text, None)
+}
+
+/// Reads a peers file, by the rules across both files too where the other one is given.
+///
+/// # Errors
+/// As [`daemon`].
+pub fn peers_beside(text: &str, daemon: Option<&DaemonConfig>) -> Result<PeersConfig, Vec<ConfigError>> {
+    let may_use_quic = daemon.is_none_or(|daemon| daemon.tls.key_exchange == KeyExchange::RequireHybrid);
     let (mut errors, entries) = Errors::parse(text);
     let e = &mut errors;
     let mut root = Table::root(&entries);
@@ -80,6 +90,13 @@ pub fn peers(text: &str) -> Result<PeersConfig, Vec<ConfigError>> {
         let address = table.parsed("address", HOST_PORT, None, e).map(|Address(address)| address);
         let identity: Option<SpiffeId> = table.parsed("identity", IDENTITY, None, e);
         let transport = table.choice("transport", &Transport::ALL, Transport::default(), e);
+        if transport == Some(Transport::Quic) && !may_use_quic {
+            table.broken_rule(
+                "transport",
+                format!("must be TCP, or tls.key_exchange RequireHybrid: {QUIC_IS_HYBRID}"),
+                e,
+            );
+        }
         if let (Some(address), Some(transport)) = (&address, transport) {
             onion(&table, address, transport, e);
         }
@@ -125,12 +142,16 @@ const IDENTITY: &str = "spiffe://TRUST-DOMAIN/ns/NAMESPACE/overlaynode/NAME, opt
 const TENANT: &str = "0, a UUID, a ULID or 32 hexadecimal digits";
 const SOCKET_ADDRESS: &str = "IP:PORT";
 const PATH: &str = "a path";
+/// Why QUIC and another policy do not go together.
+const QUIC_IS_HYBRID: &str =
+    "QUIC does not tell what was agreed on, and is known to be hybrid only where nothing else is offered";
 
 /// Reads `[overlay]`.
 fn overlay(mut t: Table<'_, '_>, e: &mut Errors<'_>) -> Option<Overlay> {
     let choices = [("Micronode", Profile::Micronode), ("Macronode", Profile::Macronode)];
     let profile = t.choice("profile", &choices, Profile::Micronode, e);
     let listen = t.parsed("listen", SOCKET_ADDRESS, None, e);
+    let listen_quic = t.optional("listen_quic", SOCKET_ADDRESS, e);
     let d = Overlay::defaults(profile.unwrap_or(Profile::Micronode), listen.unwrap_or(DEFAULT_METRICS));
     let amnesia = t.boolean("amnesia", d.amnesia, e);
     if (profile, amnesia) == (Some(Profile::Micronode), Some(false)) {
@@ -155,6 +176,7 @@ fn overlay(mut t: Table<'_, '_>, e: &mut Errors<'_>) -> Option<Overlay> {
         profile: profile?,
         amnesia: amnesia?,
         listen: listen?,
+        listen_quic: listen_quic?,
         tenants: tenants?,
         max_sessions: max_sessions?,
         max_handshakes_in_flight: max_handshakes_in_flight?,
@@ -240,8 +262,8 @@ fn observability(mut t: Table<'_, '_>, listen: Option<SocketAddr>, e: &mut Error
     Some(Observability { metrics: metrics?, log_level: log_level?, log_format: log_format? })
 }
 
-/// Reads `[tls]`.
-fn tls(mut t: Table<'_, '_>, e: &mut Errors<'_>) -> Option<Tls> {
+/// Reads `[tls]`. `quic` says that QUIC sessions are accepted.
+fn tls(mut t: Table<'_, '_>, quic: bool, e: &mut Errors<'_>) -> Option<Tls> {
     let certificate = path(&mut t, "certificate", e);
     let key = path(&mut t, "key", e);
     let ca = path(&mut t, "ca", e);
@@ -251,6 +273,9 @@ fn tls(mut t: Table<'_, '_>, e: &mut Errors<'_>) -> Option<Tls> {
         ("Classical", KeyExchange::Classical),
     ];
     let key_exchange = t.choice("key_exchange", &choices, KeyExchange::RequireHybrid, e);
+    if quic && key_exchange.is_some_and(|policy| policy != KeyExchange::RequireHybrid) {
+        t.broken_rule("key_exchange", format!("must be RequireHybrid with overlay.listen_quic: {QUIC_IS_HYBRID}"), e);
+    }
     t.finish(e);
     Some(Tls { certificate: certificate?, key: key?, ca: ca?, key_exchange: key_exchange? })
 }

@@ -144,6 +144,16 @@ fn what_is_wrong_is_named() {
             instead("idle_timeout_ms   = 15000", "tenants = [\"0\", \"0\"]"),
             "line 5: overlay.tenants[1]: is listed twice",
         ),
+        (
+            instead("amnesia           = true", "listen_quic = \"9500\""),
+            "line 8: overlay.listen_quic: must be IP:PORT, is \"9500\"",
+        ),
+        (
+            instead("amnesia           = true", "listen_quic = \"127.0.0.1:9500\"")
+                .replace("[tls]", "[tls]\nkey_exchange = \"PreferHybrid\""),
+            "line 14: tls.key_exchange: must be RequireHybrid with overlay.listen_quic: QUIC does not tell what was agreed on, \
+             and is known to be hybrid only where nothing else is offered",
+        ),
         (instead("key = \"/etc/overlay/tls/tls.key\"\n", ""), "line 13: tls.key: is required"),
         (instead("/etc/overlay/tls/tls.key", ""), "line 15: tls.key: must be a path, is \"\""),
         (
@@ -290,7 +300,7 @@ fn a_peer_by_tor() {
         (with(".onion:1", tor), bad.clone()),
         (
             with(&service, "transport = \"tor\""),
-            "line 11: peer[1].transport: must be TCP or Tor, is \"tor\"".to_owned(),
+            "line 11: peer[1].transport: must be TCP or QUIC or Tor, is \"tor\"".to_owned(),
         ),
     ] {
         assert_eq!(report(peers(&text)), [want], "{text}");
@@ -310,6 +320,28 @@ fn timeouts_are_the_transports() {
     assert!(tor.idle_timeout_ms / 3 < tcp.idle_timeout_ms, "pings keep a session whose acceptor has TCP's");
 }
 
+/// A peer is dialled over TCP unless it says otherwise, and over QUIC only where the other file
+/// has the key exchange that QUIC takes.
+#[test]
+fn a_peer_over_quic_takes_the_hybrid_key_exchange() {
+    let text = format!("{PEERS}transport = \"QUIC\"\n");
+    let read = peers(&text).unwrap();
+    assert_eq!(read.peers.iter().map(|peer| peer.transport).collect::<Vec<_>>(), [Transport::Tcp, Transport::Quic]);
+    assert_eq!(peers(&read.to_toml().unwrap()).unwrap(), read);
+    let mut beside = daemon(C6).unwrap();
+    assert_eq!(peers_beside(&text, Some(&beside)).unwrap(), read);
+    beside.tls.key_exchange = KeyExchange::PreferHybrid;
+    assert!(peers_beside(PEERS, Some(&beside)).is_ok());
+    let refused = report(peers_beside(&text, Some(&beside)));
+    assert!(
+        refused.len() == 1
+            && refused[0].starts_with("line 12: peer[1].transport: must be TCP, or tls.key_exchange RequireHybrid: "),
+        "{refused:?}"
+    );
+    let wrong = report(peers(&text.replace("QUIC", "quic")));
+    assert_eq!(wrong, ["line 12: peer[1].transport: must be TCP or QUIC or Tor, is \"quic\""]);
+}
+
 fn caps() -> impl Strategy<Value = (u32, u32)> {
     (1..=1_000_000_u32).prop_flat_map(|total| (Just(total), 1..=total))
 }
@@ -322,7 +354,7 @@ fn percents() -> impl Strategy<Value = (u8, u8, u8)> {
 
 prop_compose! {
     fn configuration()(
-        macronode: bool, amnesia: bool, tenants in proptest::collection::btree_set(any::<u128>(), 1..5),
+        macronode: bool, amnesia: bool, quic: bool, tenants in proptest::collection::btree_set(any::<u128>(), 1..5),
         inflight in caps(), rps in caps(), percents in percents(), ms in 300..600_000_u64, bytes in (1_u64 << 20)..(16 << 30),
         uids in proptest::collection::btree_set(any::<u32>(), 0..5), port in 1..=9_499_u16, key in "[ -~]{1,40}",
     ) -> DaemonConfig {
@@ -342,7 +374,8 @@ prop_compose! {
         config.unix.allow_uids = uids.into_iter().collect();
         config.overlay.listen.set_port(port);
         config.tls.key = key.into();
-        config.tls.key_exchange = KeyExchange::Classical;
+        config.overlay.listen_quic = quic.then_some(config.overlay.listen);
+        config.tls.key_exchange = if quic { KeyExchange::RequireHybrid } else { KeyExchange::Classical };
         config.observability.log_level = LogLevel::Trace;
         config
     }
@@ -391,6 +424,7 @@ fn live_settings() {
     let restart: &[(&str, Change)] = &[
         ("listen", |c| c.overlay.listen.set_port(7)),
         ("tor.listen", |c| c.tor.listen = Some(c.overlay.listen)),
+        ("listen_quic", |c| c.overlay.listen_quic = Some(c.overlay.listen)),
         ("tenants", |c| c.overlay.tenants = vec![TenantId(7)]),
         ("amnesia", |c| c.overlay.amnesia = false),
         ("profile", |c| c.overlay.profile = Profile::Macronode),

@@ -11,19 +11,24 @@ pub enum Transport {
     #[default]
     #[serde(rename = "TCP")]
     Tcp,
+    /// QUIC, over UDP. Its TLS does not say which key exchange was agreed on, so it takes
+    /// [`super::KeyExchange::RequireHybrid`], with which there is only one.
+    #[serde(rename = "QUIC")]
+    Quic,
     /// TLS over TCP over Tor, through a SOCKS proxy.
     Tor,
 }
 
 impl Transport {
     /// Every transport, by the word that configuration has for it.
-    pub const ALL: [(&str, Self); 2] = [("TCP", Self::Tcp), ("Tor", Self::Tor)];
+    pub const ALL: [(&str, Self); 3] = [("TCP", Self::Tcp), ("QUIC", Self::Quic), ("Tor", Self::Tor)];
 
     /// Its name in reports of sessions and in HELLO.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
             Self::Tcp => "tcp+tls",
+            Self::Quic => "quic",
             Self::Tor => "tor",
         }
     }

@@ -13,6 +13,7 @@ mod assembly;
 mod links;
 mod repair;
 mod store;
+mod wanted;
 
 use bytes::Bytes;
 
@@ -26,8 +27,8 @@ use crate::status::{Reason, Refusal, Status};
 
 use assembly::{Assemblies, Whole};
 use links::Links;
-use repair::Wanted;
 use store::{Novelty, Store};
+use wanted::{Key, Wanted};
 
 pub use assembly::digest;
 pub use links::{LinkId, LinkSet, MAX_LINKS};
@@ -165,7 +166,7 @@ impl Engine {
         self.links.remove(link);
         self.store.forget_link(link);
         self.assemblies.forget_link(link);
-        self.wanted.forget_link(link);
+        self.counts.lost += self.wanted.forget_link(link);
     }
 
     /// Publishes a message of this daemon's own.
@@ -229,6 +230,9 @@ impl Engine {
         if !self.tenants.contains(&tenant) {
             return Err(Reason::Auth);
         }
+        if matches!(record, Record::Message { .. } | Record::Begin { .. } | Record::Piece(_)) {
+            self.wanted.hear(link, now);
+        }
         match record {
             Record::Message { hops, envelope, payload } => {
                 let Some(id) = self.check(link, tenant, hops, &envelope, unix_ms, out)? else { return Ok(Vec::new()) };
@@ -237,8 +241,8 @@ impl Engine {
                 }
                 let hops = hops.saturating_add(1);
                 let frame = Record::Message { hops, envelope: envelope.clone(), payload }.encode();
-                self.arrived(id, link);
-                let mut holders = self.wanted.remove(id);
+                self.arrived((tenant, id), link);
+                let mut holders = self.wanted.remove((tenant, id));
                 holders.insert(link);
                 let held = self.store.insert(id, tenant, envelope, hops, vec![frame], now);
                 Ok(vec![self.spread(held, holders, now, out)])
@@ -297,7 +301,7 @@ impl Engine {
         let id = envelope.id(tenant);
         match self.store.novelty(id, envelope, unix_ms) {
             Novelty::Stale => {
-                self.wanted.remove(id); // however often it came, it would be too old
+                self.wanted.remove((tenant, id)); // however often it came, it would be too old
                 Err(Reason::Stale)
             }
             Novelty::Duplicate => {
@@ -339,13 +343,13 @@ impl Engine {
             return;
         }
         if out.has_memory(envelope.size.into()) && self.assemblies.begin(id, tenant, hops, envelope, link, now) {
-            let holders = self.wanted.remove(id);
+            let holders = self.wanted.remove((tenant, id));
             if let Some(assembly) = self.assemblies.get_mut(id) {
                 assembly.holders = assembly.holders.union(holders);
             }
         } else {
             // No room to put it together: ask again later, as if it had been announced.
-            self.wanted.add(id, link, tenant, now);
+            self.wanted.add((tenant, id), link, now);
         }
     }
 
@@ -353,15 +357,15 @@ impl Engine {
         let Whole { id, from, holders, tenant, hops, envelope, pieces } = whole;
         let begin = Record::Begin { hops, envelope: envelope.clone() }.encode();
         let frames = std::iter::once(begin).chain(pieces).collect();
-        self.arrived(id, from);
+        self.arrived((tenant, id), from);
         let held = self.store.insert(id, tenant, envelope, hops, frames, now);
         self.spread(held, holders, now, out)
     }
 
     /// The link that brought a new message is a branch of the tree.
-    fn arrived(&mut self, id: MessageId, link: LinkId) {
+    fn arrived(&mut self, key: Key, link: LinkId) {
         self.links.make_eager(link);
-        self.wanted.remove_announcer(id, link);
+        self.wanted.remove_announcer(key, link);
     }
 
     /// Pushes a new message to the eager links that lack it, and leaves the rest

@@ -2,83 +2,15 @@
 
 use std::collections::BTreeMap;
 
+use super::wanted::Turn;
 use super::{ANNOUNCE_MS, Engine, GRAFT_MS, LinkId, LinkSet, Outlet, PURGE_MS, WHOLE};
 use crate::Millis;
 use crate::identity::TenantId;
 use crate::lanes::Class;
 use crate::record::{MAX_ANNOUNCED, MessageId, Record};
 
-/// Announced messages that may be awaited from one link.
-const MAX_WANTED_A_LINK: usize = 8_192;
-/// Times that a message is asked for before it is given up.
-const MAX_ASKED: u8 = 10;
-/// Messages asked of one link and not come yet: what is asked for beyond what a lane takes
-/// would not be sent, and count as asked.
-const MAX_ASKED_A_LINK: usize = 64;
-
-#[derive(Debug)]
-struct Want {
-    tenant: TenantId,
-    holders: LinkSet,
-    /// Who is asked next: each holder in turn.
-    turn: usize,
-    asked: u8,
-    at: Millis,
-    /// Who was asked, until `at`.
-    asked_of: Option<LinkId>,
-    /// Whose quota it counts against.
-    first: LinkId,
-}
-
-/// Messages that were announced and have not come.
-#[derive(Debug, Default)]
-pub(super) struct Wanted {
-    wants: BTreeMap<MessageId, Want>,
-    quota: BTreeMap<LinkId, usize>,
-}
-
-impl Wanted {
-    pub(super) fn add(&mut self, id: MessageId, link: LinkId, tenant: TenantId, now: Millis) {
-        if let Some(want) = self.wants.get_mut(&id) {
-            want.holders.insert(link);
-            return;
-        }
-        let own = self.quota.entry(link).or_default();
-        if *own >= MAX_WANTED_A_LINK {
-            return;
-        }
-        *own += 1;
-        let mut holders = LinkSet::default();
-        holders.insert(link);
-        self.wants.insert(
-            id,
-            Want { tenant, holders, turn: 0, asked: 0, at: now.after(GRAFT_MS), asked_of: None, first: link },
-        );
-    }
-
-    /// Forgets a message. Gives who else has it.
-    pub(super) fn remove(&mut self, id: MessageId) -> LinkSet {
-        let Some(want) = self.wants.remove(&id) else { return LinkSet::default() };
-        if let Some(own) = self.quota.get_mut(&want.first) {
-            *own = own.saturating_sub(1);
-        }
-        want.holders
-    }
-
-    pub(super) fn remove_announcer(&mut self, id: MessageId, link: LinkId) {
-        if let Some(want) = self.wants.get_mut(&id) {
-            want.holders.remove(link);
-        }
-    }
-
-    pub(super) fn forget_link(&mut self, link: LinkId) {
-        self.wants.values_mut().for_each(|want| want.holders.remove(link));
-    }
-
-    fn next(&self) -> Option<Millis> {
-        self.wants.values().map(|want| want.at).min()
-    }
-}
+/// Times that the missing chunks of a message are asked for in vain before it is given up.
+const MAX_IN_VAIN: u8 = 10;
 
 impl Engine {
     /// A deadline passed: announces, asks, lets go.
@@ -152,50 +84,36 @@ impl Engine {
     pub(super) fn announced(&mut self, id: MessageId, link: LinkId, tenant: TenantId, now: Millis) {
         if let Some(held) = self.store.get_mut(id) {
             held.known.insert(link);
-        } else if let Some(assembly) = self.assemblies.get_mut(id) {
+        } else if let Some(assembly) = self.assemblies.get_mut(id).filter(|assembly| assembly.tenant == tenant) {
             assembly.holders.insert(link);
         } else if !self.store.has_seen(id) {
-            self.wanted.add(id, link, tenant, now);
+            self.wanted.add((tenant, id), link, now);
         }
     }
 
     fn ask(&mut self, now: Millis, out: &mut impl Outlet) {
-        let mut under_way: BTreeMap<LinkId, usize> = BTreeMap::new();
-        let mut due = Vec::new();
-        for (id, want) in &self.wanted.wants {
-            match want.asked_of {
-                _ if now >= want.at => due.push((want.asked, *id)),
-                Some(link) => *under_way.entry(link).or_default() += 1,
-                None => {}
-            }
-        }
-        // What was asked for least goes first, so that nothing is given up for want of a turn.
-        due.sort_unstable();
-        for (asked, id) in due {
-            let Some(want) = self.wanted.wants.get_mut(&id) else { continue };
-            let holders: Vec<LinkId> = want.holders.iter().collect();
-            if holders.is_empty() || asked >= MAX_ASKED {
-                self.wanted.remove(id);
-                self.counts.lost += 1;
-                continue;
-            }
-            want.asked_of = None;
-            want.at = now.after(ANNOUNCE_MS);
-            let turn = want.turn % holders.len();
-            let (later, next) = holders.split_at(turn);
-            let free = |link: &&LinkId| under_way.get(link).is_none_or(|count| *count < MAX_ASKED_A_LINK);
-            let Some(link) = next.iter().chain(later).find(free).copied() else { continue };
-            let tenant = want.tenant;
-            if !self.send(link, tenant, Class::Control, Record::Graft { id, chunks: 0 }.encode(), out) {
-                continue;
-            }
-            self.counts.grafts += 1;
-            *under_way.entry(link).or_default() += 1;
-            if let Some(want) = self.wanted.wants.get_mut(&id) {
-                want.at = now.after(GRAFT_MS);
-                want.asked_of = Some(link);
-                want.asked += 1;
-                want.turn += 1;
+        let mut put_off: BTreeMap<LinkId, usize> = BTreeMap::new();
+        for key in self.wanted.due(now) {
+            let (tenant, id) = key;
+            let link = match self.wanted.turn(key, self.config.dedupe_window_ms, now) {
+                Turn::Ask(link) => link,
+                Turn::Later => {
+                    let before = self.wanted.first(key).map(|link| put_off.entry(link).or_default());
+                    let before = before.map_or(0, |count| std::mem::replace(count, *count + 1));
+                    self.wanted.put_off(key, before, now);
+                    continue;
+                }
+                Turn::GiveUp => {
+                    self.wanted.remove(key);
+                    self.counts.lost += 1;
+                    continue;
+                }
+            };
+            if self.send(link, tenant, Class::Control, Record::Graft { id, chunks: 0 }.encode(), out) {
+                self.counts.grafts += 1;
+                self.wanted.asked(key, link, now);
+            } else {
+                self.wanted.put_off(key, 0, now);
             }
         }
     }
@@ -211,7 +129,7 @@ impl Engine {
             assembly.progress = now;
             assembly.asked += 1;
             let holders: Vec<LinkId> = assembly.holders.iter().collect();
-            if holders.is_empty() || assembly.asked > MAX_ASKED {
+            if holders.is_empty() || assembly.asked > MAX_IN_VAIN {
                 let mut others = assembly.holders;
                 others.remove(assembly.from);
                 given_up.push((id, assembly.tenant, others));
@@ -233,7 +151,7 @@ impl Engine {
 
     /// What was put together of a message is of no use: whoever else has it is asked for all.
     pub(super) fn want_anew(&mut self, id: MessageId, tenant: TenantId, holders: LinkSet, now: Millis) {
-        holders.iter().for_each(|link| self.wanted.add(id, link, tenant, now));
+        holders.iter().for_each(|link| self.wanted.add((tenant, id), link, now));
     }
 
     /// A link asks for a message. Where its lane has no room, it asks again.

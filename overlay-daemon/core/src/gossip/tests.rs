@@ -1,5 +1,7 @@
 //! The engine against links that lie.
 
+mod hostile;
+
 use super::*;
 use crate::config::Profile;
 use crate::record::Envelope;

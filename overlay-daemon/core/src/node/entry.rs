@@ -17,7 +17,7 @@ use crate::gossip::{LinkId, Outlet};
 use crate::grant::{Grant, Holder};
 use crate::identity::{SpiffeId, TenantId, Topic};
 use crate::lanes::{Class, Lanes};
-use crate::memory::{Budget, FRAME_BYTES, SESSION_BYTES, WRITE_BYTES};
+use crate::memory::{Budget, FRAME_BYTES, SESSION_BYTES, STREAM_BYTES, TOPIC_BYTES, WRITE_BYTES};
 use crate::record::Digest;
 use crate::session::Session;
 use crate::status::Refusal;
@@ -66,6 +66,20 @@ pub(super) enum Kind {
     },
 }
 
+impl Kind {
+    /// What a stream takes of memory: itself, and the names of its topics, which stand in the
+    /// table of subscriptions too.
+    pub(super) fn cost(&self) -> u64 {
+        let topics = match self {
+            Self::Subscribe { topics, .. } => topics.as_slice(),
+            Self::Publish { topic, .. } => std::slice::from_ref(topic),
+            Self::GossipIn | Self::GossipOut { .. } => &[],
+        };
+        let of = |topic: &Topic| TOPIC_BYTES + 2 * topic.as_str().len() as u64;
+        STREAM_BYTES + topics.iter().map(of).sum::<u64>()
+    }
+}
+
 /// A publisher's chunked message.
 #[derive(Debug)]
 pub(super) enum Upload {
@@ -91,6 +105,8 @@ pub(super) struct Entry {
     pub(super) holder: Holder,
     pub(super) dialled: Option<usize>,
     pub(super) transport: Option<Transport>,
+    /// Bytes that its transport may hold.
+    pub(super) buffers: u64,
     pub(super) group: &'static str,
     pub(super) party: Party,
     /// What a daemon said of itself that is no configured peer: it may become one.
@@ -111,6 +127,8 @@ pub(super) struct Entry {
     /// Bytes: of what its writer has, and of its uploads under way.
     pub(super) writing: u64,
     pub(super) uploading: u64,
+    /// Bytes that the streams take that the other side opened.
+    pub(super) streams: u64,
     /// Bytes that the account holds for it.
     claimed: u64,
     pub(super) deadline: Option<Millis>,
@@ -123,6 +141,7 @@ impl Entry {
             holder: opening.holder,
             dialled: opening.dialled,
             transport: opening.transport,
+            buffers: opening.buffers,
             group: opening.group,
             party: Party::Client,
             stranger: None,
@@ -138,6 +157,7 @@ impl Entry {
             ends: Vec::new(),
             writing: 0,
             uploading: 0,
+            streams: 0,
             claimed: 0,
             deadline: None,
         }
@@ -145,7 +165,7 @@ impl Entry {
 
     /// Brings the account in line with what it holds now.
     pub(super) fn settle(&mut self, memory: &mut Budget) {
-        let holds = SESSION_BYTES + self.lanes.cost() + self.writing + self.uploading;
+        let holds = SESSION_BYTES + self.buffers + self.lanes.cost() + self.writing + self.uploading + self.streams;
         memory.give_back(std::mem::replace(&mut self.claimed, holds));
         memory.claim(holds);
     }

@@ -61,6 +61,8 @@ pub struct Opening {
     pub dialled: Option<usize>,
     /// What carries it; nothing but the Unix socket, if none.
     pub transport: Option<Transport>,
+    /// Bytes that its transport may hold in this process, both ways.
+    pub buffers: u64,
     /// The key exchange, as the report of sessions names it: `hybrid`, `classical`, or `none`.
     pub group: &'static str,
     /// Until when HELLO must be answered: one deadline from the connection's first moment,
@@ -303,7 +305,9 @@ impl Node {
         match entry.session.handle_frame(frame, clock.now) {
             Ok(event) => Some(event),
             Err(refusal) => {
-                self.refuse(id, about, &refusal, false);
+                // A START is answered with END, but not where that would end another stream.
+                let fresh = entry.session.stream(about.corr_id).is_none();
+                self.refuse(id, about, &refusal, fresh && about.flags.has(Flags::START));
                 if was == State::Handshake {
                     self.close_when_sent(id);
                 }
@@ -319,10 +323,8 @@ impl Node {
             self.close_when_sent(id);
             return;
         }
-        let mut reply = HelloReply::of(self.hello.clone(), self.config.overlay.per_peer_inflight);
-        if self.config.tor.listen.is_some() {
-            reply.transports.push(Transport::Tor.label().to_owned());
-        }
+        let reply =
+            HelloReply::of(self.hello.clone(), self.config.overlay.per_peer_inflight).over(&self.config.accepts());
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let answer = entry.session.answer_hello(frame, &reply);
         self.push(id, Class::Control, answer);

@@ -1,6 +1,6 @@
 //! Publishing, subscribing and delivery, for one daemon's own clients.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::{Bytes, BytesMut};
 
@@ -15,17 +15,15 @@ use crate::lanes::Class;
 use crate::record::{Piece, Publish, Record};
 use crate::status::{Reason, Refusal, Status};
 
-/// Who subscribed to what.
+/// Who subscribed to what. Sets: one session may have hundreds of streams that name the same
+/// topics, and its end must not look through everyone else's for each.
 #[derive(Debug, Default)]
-pub(super) struct Subscriptions(BTreeMap<(TenantId, Topic), Vec<(SessionId, u64)>>);
+pub(super) struct Subscriptions(BTreeMap<(TenantId, Topic), BTreeSet<(SessionId, u64)>>);
 
 impl Subscriptions {
     pub(super) fn add(&mut self, id: SessionId, start: &Frame, topics: &[Topic]) {
         for topic in topics {
-            let subscribers = self.0.entry((start.tenant, topic.clone())).or_default();
-            if !subscribers.contains(&(id, start.corr_id)) {
-                subscribers.push((id, start.corr_id));
-            }
+            self.0.entry((start.tenant, topic.clone())).or_default().insert((id, start.corr_id));
         }
     }
 
@@ -33,7 +31,7 @@ impl Subscriptions {
         for topic in topics {
             let key = (tenant, topic.clone());
             if let Some(subscribers) = self.0.get_mut(&key) {
-                subscribers.retain(|subscriber| *subscriber != (id, corr_id));
+                subscribers.remove(&(id, corr_id));
                 if subscribers.is_empty() {
                     self.0.remove(&key);
                 }
@@ -44,8 +42,10 @@ impl Subscriptions {
     /// The subscription `from` of a session goes on as `to`, in its place.
     pub(super) fn rename(&mut self, id: SessionId, tenant: TenantId, (from, to): (u64, u64), topics: &[Topic]) {
         for topic in topics {
-            let subscribers = self.0.get_mut(&(tenant, topic.clone())).into_iter().flatten();
-            subscribers.filter(|subscriber| **subscriber == (id, from)).for_each(|subscriber| subscriber.1 = to);
+            let Some(subscribers) = self.0.get_mut(&(tenant, topic.clone())) else { continue };
+            if subscribers.remove(&(id, from)) {
+                subscribers.insert((id, to));
+            }
         }
     }
 
@@ -263,7 +263,7 @@ impl Node {
     pub(super) fn deliver(&mut self, held: &Held) {
         let Some(subscribers) = self.subscriptions.0.get(&(held.tenant, held.envelope.topic.clone())) else { return };
         let class = class_of(held);
-        for (id, corr_id) in subscribers.clone() {
+        for (id, corr_id) in subscribers.iter().copied().collect::<Vec<_>>() {
             let fits = self.wire().0.fits(id, class, held.frames.len());
             let Some(entry) = self.sessions.get_mut(&id) else { continue };
             let Some(stream) = entry.session.stream_mut(corr_id) else { continue };

@@ -1,6 +1,7 @@
 //! What a START opens, what later frames of its stream do, and how it ends.
 
 use super::entry::Upload;
+use super::places::NO_MEMORY;
 use super::{Clock, Kind, Node, Output, Party, SessionId};
 use crate::control::{MAX_TOPICS, Open, parse};
 use crate::frame::{AppProto, CHUNK, Flags, Frame};
@@ -19,7 +20,9 @@ impl Node {
             Ok(Some(kind)) => {
                 let ended = start.flags.has(Flags::END);
                 if let Some((entry, lease)) = self.sessions.get_mut(&id).zip(lease).filter(|_| !ended) {
+                    entry.streams += kind.cost();
                     entry.session.open_theirs(start, kind);
+                    entry.settle(&mut self.memory);
                     self.leases.insert(id, start.corr_id, lease, clock);
                 }
                 self.push(id, Class::Control, Frame::response(start, 200, ended, bytes::Bytes::new()));
@@ -49,7 +52,7 @@ impl Node {
             (AppProto::PUBSUB, Open::Publish { topic }) => {
                 grant.permit(Action::Publish, start.tenant, Some(&topic))?;
                 self.admit_write(0)?;
-                Ok(Some(Kind::Publish { topic, grant: Box::new(grant), upload: Upload::None }))
+                self.admit_stream(Kind::Publish { topic, grant: Box::new(grant), upload: Upload::None }).map(Some)
             }
             (AppProto::PUBSUB, Open::Subscribe { topics }) => {
                 if start.flags.has(Flags::END) {
@@ -64,8 +67,9 @@ impl Node {
                 if self.draining {
                     return Err(STOPPING);
                 }
+                let kind = self.admit_stream(Kind::Subscribe { topics: topics.clone(), missed: 0 })?;
                 self.subscriptions.add(id, start, &topics);
-                Ok(Some(Kind::Subscribe { topics, missed: 0 }))
+                Ok(Some(kind))
             }
             (AppProto::GOSSIP, Open::Gossip {}) => {
                 grant.permit(Action::Publish, start.tenant, None)?;
@@ -110,6 +114,12 @@ impl Node {
         }
         let fits = self.memory.has_room(self.others(), bytes, self.config.readiness.shed_at_percent);
         if self.shedding || !fits { Err(SHEDDING) } else { Ok(()) }
+    }
+
+    /// Streams are memory too: hundreds of them a session, each with its list of topics, are more
+    /// than the session itself.
+    fn admit_stream(&self, kind: Kind) -> Result<Kind, Refusal> {
+        if self.memory.has_room(self.others(), kind.cost(), 100) { Ok(kind) } else { Err(NO_MEMORY) }
     }
 
     pub(super) fn request(&mut self, id: SessionId, frame: Frame, clock: Clock) {

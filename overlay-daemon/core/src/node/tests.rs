@@ -1,5 +1,6 @@
 //! Whole daemons joined in virtual time: every frame takes a millisecond, nothing is real.
 
+mod hostile;
 mod joined;
 mod oracle;
 mod pace;
@@ -382,6 +383,7 @@ fn one_peer_does_not_take_every_link() {
                 holder,
                 dialled: None,
                 transport: Some(Transport::Tcp),
+                buffers: 0,
                 group: "hybrid",
                 handshake_ends: Millis(3_000)
             },

@@ -225,7 +225,7 @@ impl<'a, 'i> Table<'a, 'i> {
         parse(value, shape).map_err(|message| errors.push(line, self.field(key), message)).ok()
     }
 
-    /// A string that `T` reads, where there is one.
+    /// A string that `T` reads, if it is there: `Some(None)` where it is not.
     pub(super) fn optional<T: FromStr>(
         &mut self,
         key: &'static str,

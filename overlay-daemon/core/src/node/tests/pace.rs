@@ -68,8 +68,14 @@ fn z4_comp_before_hello_closes() {
     let mut sim = Sim::new(1);
     let hello = Hello::default();
     let early = sim.client_as(0, Holder::Local, &hello);
-    let opening =
-        Opening { holder: Holder::Local, dialled: None, transport: None, group: "none", handshake_ends: Millis(3_000) };
+    let opening = Opening {
+        holder: Holder::Local,
+        dialled: None,
+        transport: None,
+        buffers: 0,
+        group: "none",
+        handshake_ends: Millis(3_000),
+    };
     let (late, now) = (SessionId(77), sim.clock().now);
     assert!(sim.nodes[0].handle_open(late, opening, now));
     let greeting = Frame::new(Flags::REQ | Flags::COMP, AppProto::CONTROL, TenantId(0), 1, compressed(&json(&hello)));
@@ -375,6 +381,28 @@ fn f3_a_refused_start_leaves_no_stream() {
     sim.run(5);
     assert!(answers(&sim, client, 1).iter().all(|(code, _, end)| (*code, *end) == (400, true)));
     assert!(sim.nodes[0].subscriptions.is_empty());
+}
+
+/// F3, F7: refused for its header or for the number of streams, a START is answered with END like
+/// any other; one that takes the number of an open stream does not end that.
+#[test]
+fn f3_a_refused_start_ends_what_it_began() {
+    let mut sim = Sim::new(1);
+    let client = sim.client(0);
+    let open = json(&Open::Publish { topic: TOPIC.parse().unwrap() });
+    let start = |corr_id, app| Frame::new(Flags::REQ | Flags::START, app, TenantId(0), corr_id, open.clone());
+    let mut starts: Vec<Frame> = (0..257).map(|n| start(3 + 2 * n, AppProto::PUBSUB)).collect();
+    starts.extend([start(3, AppProto::PUBSUB), start(4, AppProto::PUBSUB), start(1_001, AppProto(77))]);
+    for (n, frame) in starts.into_iter().enumerate() {
+        sim.run(if n % 30 == 0 { 1_000 } else { 0 }); // within the rate
+        let grant = Some(sim.grant());
+        sim.client_says(0, client, frame, grant);
+    }
+    sim.run(5);
+    let answers: Vec<_> = answers(&sim, client, 1).iter().map(|(code, _, end)| (*code, *end)).collect();
+    assert!(answers[..256].iter().all(|answer| *answer == (200, false)));
+    assert_eq!(answers[256..], [(429, true), (400, false), (400, true), (400, true)]);
+    assert_eq!(sim.nodes[0].sessions[&client].session.streams().count(), 256);
 }
 
 /// S6: a session whose numbers are used up closes in good order, and nothing is lost by it.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
-use crate::config::{FORMAT, KeyExchange, Peer, Profile, Tls, Token};
+use crate::config::{FORMAT, KeyExchange, Peer, Profile, Tls, Token, Transport};
 use crate::control::{Open, json};
 use crate::grant::{Action, Claims, LOCAL_HOLDER, SignedBy, TokenKey};
 use crate::identity::TenantId;
@@ -124,7 +124,8 @@ impl Sim {
         let opening = |of, dialled| Opening {
             holder: Holder::Certificate(identity(of)),
             dialled,
-            transport: Some(Transport::Tcp),
+            transport: Some(Transport::Quic),
+            buffers: 2 * crate::memory::QUIC_WINDOW_BYTES,
             group: "hybrid",
             handshake_ends,
         };
@@ -164,7 +165,7 @@ impl Sim {
         let end = self.end(node);
         self.clients.insert(end, Vec::new());
         let handshake_ends = self.clock().now.after(3_000);
-        let opening = Opening { holder, dialled: None, transport: None, group: "none", handshake_ends };
+        let opening = Opening { holder, dialled: None, transport: None, buffers: 0, group: "none", handshake_ends };
         let now = self.clock().now;
         assert!(self.nodes[node].handle_open(end.session, opening, now));
         let hello = Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), 1, json(hello));

@@ -1,0 +1,157 @@
+//! Accepting over QUIC. Until its first datagram is answered a caller costs nothing but that
+//! datagram; from half of the handshakes on callers must show that their address is theirs
+//! (Retry, which costs no memory), and a caller whose ClientHello is not whole gives way to the
+//! next one.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::super::listen::Handshakes;
+use super::super::pending::Pending;
+use super::{Connection, HandshakeError, TransportConfig, establish, parameters};
+use crate::clock::Clock;
+use crate::kms::{KeySet, QuicKeys};
+use crate::transport::Timing;
+
+/// Bytes that may come of one caller, besides its first datagram, before it is answered: the rest
+/// of a ClientHello.
+const INCOMING_BYTES: u64 = 4 * 1024;
+/// For how long goodbyes may take to leave.
+const GOODBYE: Duration = Duration::from_millis(500);
+
+/// A UDP socket on which QUIC connections are accepted.
+pub struct QuicListener {
+    endpoint: Endpoint,
+    accepting: quinn::ServerConfig,
+    timing: Timing,
+    clock: Clock,
+    handshakes: Arc<Handshakes>,
+    /// Callers whose ClientHello is not whole.
+    silent: Pending<()>,
+}
+
+impl QuicListener {
+    /// Binds `address`, inside a runtime.
+    ///
+    /// # Errors
+    /// The system refuses the address.
+    pub fn bind(address: SocketAddr, keys: &QuicKeys, timing: impl Into<Timing>, clock: Clock) -> io::Result<Self> {
+        let timing = timing.into();
+        let config = timing.now();
+        let mut accepting = quinn::ServerConfig::with_crypto(keys.server().clone());
+        accepting
+            // A daemon stays where it is; who turns up elsewhere dials anew.
+            .migration(false)
+            .max_incoming(config.max_pending)
+            .incoming_buffer_size(INCOMING_BYTES)
+            .incoming_buffer_size_total(INCOMING_BYTES.saturating_mul(config.max_pending as u64) / 4);
+        let socket = UdpSocket::bind(address)?;
+        let runtime = Arc::new(TokioRuntime);
+        let endpoint = Endpoint::new(EndpointConfig::default(), Some(accepting.clone()), socket, runtime)?;
+        let handshakes = Handshakes::new(config.max_handshakes_in_flight);
+        Ok(Self { endpoint, accepting, timing, clock, handshakes, silent: Pending::default() })
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// The next caller; none once the socket has failed for good. Cancellation loses none.
+    pub async fn accept(&mut self) -> Option<QuicAccepted> {
+        loop {
+            let incoming = self.endpoint.accept().await?;
+            let config = self.timing.now();
+            if config.max_handshakes_in_flight != self.handshakes.most {
+                self.handshakes = Handshakes::new(config.max_handshakes_in_flight);
+            }
+            if self.handshakes.are_many() && !incoming.remote_address_validated() {
+                // It may be asked: its address has not been shown.
+                let _asked = incoming.retry();
+                continue;
+            }
+            return Some(QuicAccepted {
+                address: incoming.remote_address(),
+                incoming,
+                accepting: self.accepting.clone(),
+                deadline: self.clock.deadline(config.handshake),
+                config,
+                handshakes: Arc::clone(&self.handshakes),
+                silent: self.silent.clone(),
+            });
+        }
+    }
+
+    /// Takes no more callers.
+    pub fn stop(&self) {
+        self.endpoint.set_server_config(None);
+    }
+
+    /// Waits until who was connected has been told that it is over, or could have been.
+    pub async fn finish(self) {
+        let _late = timeout(GOODBYE, self.endpoint.wait_idle()).await;
+    }
+}
+
+/// A caller that has sent one datagram.
+pub struct QuicAccepted {
+    incoming: Incoming,
+    address: SocketAddr,
+    accepting: quinn::ServerConfig,
+    config: TransportConfig,
+    deadline: Instant,
+    handshakes: Arc<Handshakes>,
+    silent: Pending<()>,
+}
+
+impl QuicAccepted {
+    /// Where it comes from: for logs, never for decisions.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// TLS, and the session's stream, within the deadline that began with the first datagram.
+    ///
+    /// # Errors
+    /// [`HandshakeError::reason`] says what to count.
+    pub async fn handshake(self, keys: &KeySet) -> Result<Connection, HandshakeError> {
+        let deadline = self.deadline;
+        timeout_at(deadline, self.run(keys)).await.map_err(|_| HandshakeError::Timeout)?
+    }
+
+    async fn run(self, keys: &KeySet) -> Result<Connection, HandshakeError> {
+        let Self { incoming, mut accepting, config, deadline, handshakes, silent, .. } = self;
+        // Dropped, a caller is refused: one datagram, less than its own.
+        accepting.crypto = keys.quic().ok_or(HandshakeError::NotHybrid)?.server().clone();
+        accepting.transport = parameters(&config, 1);
+        let turn = handshakes.waiting.try_acquire().map_err(|_| HandshakeError::Busy)?;
+        let permit = match handshakes.running.try_acquire() {
+            Ok(permit) => permit,
+            Err(_) => {
+                silent.make_room();
+                handshakes.running.acquire().await.map_err(|_| HandshakeError::Gone)?
+            }
+        };
+        drop(turn);
+        let mut place = silent.enter(config.max_pending, Some(())).ok_or(HandshakeError::Crowded)?;
+        let mut connecting = incoming.accept_with(Arc::new(accepting))?;
+        tokio::select! {
+            hello = connecting.handshake_data() => drop(hello?),
+            () = place.evicted() => return Err(HandshakeError::Crowded),
+        }
+        drop(place);
+        let connection = connecting.await?;
+        drop(permit);
+        let stream = connection.accept_bi().await?;
+        establish(&connection, stream, deadline)
+    }
+}

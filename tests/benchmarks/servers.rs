@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use overlay_core::config::DaemonConfig;
+use overlay_core::config::{DaemonConfig, Profile};
 use overlay_tests::daemon::Daemon;
 use overlay_tests::process::Process;
 use overlay_tests::trust::{Authority, NODE};
@@ -107,7 +107,7 @@ pub(crate) const RAISED: &str = "rps and per_peer_rps 10,000,000; inflight and p
 
 /// The daemon with [`raise_caps`].
 pub(crate) fn daemon() -> Result<Daemon> {
-    Daemon::start(raise_caps)
+    Daemon::start(Profile::Macronode, raise_caps)
 }
 
 /// All three, for one row: what one row leaves behind does not weigh on the next.

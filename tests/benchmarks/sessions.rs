@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow};
 use bytes::{Bytes, BytesMut};
 use overlay_core::codec;
+use overlay_core::config::Profile;
 use overlay_core::frame::{AppProto, Flags, Frame};
 use overlay_core::identity::TenantId;
 use overlay_tests::daemon::Daemon;
@@ -51,7 +52,7 @@ struct Seen {
 
 /// Runs and prints.
 pub(crate) fn rows(cores: &Cores, scale: Scale) -> Result<()> {
-    let daemon = cores.serve(|| Daemon::start(|_| {}))?;
+    let daemon = cores.serve(|| Daemon::start(Profile::Macronode, |_| {}))?;
     let oap = Dialect::Oap(daemon.token(CLIENT)?);
     let reach = Reach::new("overlay-daemon", daemon.address, oap, &daemon.authority)?;
     let (seen, over) = (Mutex::new(Seen::default()), AtomicBool::new(false));

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use overlay_core::config::{self, DaemonConfig, PeersConfig, Profile};
+use overlay_core::config::{self, DaemonConfig, PeersConfig, Profile, Transport};
 use overlay_core::grant::LOCAL_HOLDER;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::Value;
@@ -35,6 +35,8 @@ pub struct Daemon {
     pub authority: Arc<Authority>,
     /// Its TLS listener.
     pub address: SocketAddr,
+    /// Its QUIC listener, if it has one.
+    pub quic: Option<SocketAddr>,
     /// Its admin HTTP.
     pub admin: SocketAddr,
 }
@@ -53,10 +55,18 @@ impl Daemon {
     /// # Errors
     /// As [`Self::start`].
     pub fn start_under(limits: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+        Self::start_as(Profile::Macronode, limits, change)
+    }
+
+    /// The same with the defaults of any profile.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_as(profile: Profile, limits: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("overlay-daemon-").tempdir_in("/dev/shm")?;
         let home = tempfile::Builder::new().prefix("overlay-daemon-").tempdir()?;
         let authority = Arc::new(Authority::new()?);
-        let config = write(folder.path(), &authority, change)?;
+        let config = write(folder.path(), &authority, profile, change)?;
         let daemon = programs::built("overlay-daemon")?;
         let program = if limits.is_empty() { daemon.clone() } else { PathBuf::from("prlimit") };
         let mut process = Process::start("overlay-daemon", &program, &folder.path().join("log"), |command| {
@@ -77,9 +87,21 @@ impl Daemon {
             Ok(said[name].as_str().with_context(|| format!("no {name} in {said}"))?.parse()?)
         };
         let (address, admin) = (address("address")?, address("admin")?);
-        let daemon = Self { process, folder, home, authority, address, admin };
+        let quic = said["quic"].as_str().map(str::parse).transpose()?;
+        let daemon = Self { process, folder, home, authority, address, quic, admin };
         wait::until_true("the daemon to be ready", LIMIT, || Ok(daemon.is_ready()))?;
         Ok(daemon)
+    }
+
+    /// Where it accepts sessions over a transport.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn listens(&self, transport: Transport) -> Result<SocketAddr> {
+        match transport {
+            Transport::Tcp => Ok(self.address),
+            Transport::Quic => self.quic.context("it does not listen for QUIC"),
+        }
     }
 
     /// The folder of its configuration, its keys, its socket and its log, in memory.
@@ -239,7 +261,12 @@ impl Daemon {
 }
 
 /// Writes the daemon's files; the path of the first.
-fn write(folder: &Path, authority: &Authority, change: impl FnOnce(&mut DaemonConfig)) -> Result<PathBuf> {
+fn write(
+    folder: &Path,
+    authority: &Authority,
+    profile: Profile,
+    change: impl FnOnce(&mut DaemonConfig),
+) -> Result<PathBuf> {
     let (certificate, key) = authority.leaf_pem(NODE)?;
     let peer = authority.token(&Authority::claims(NODE)?)?;
     for (name, text) in [
@@ -260,7 +287,7 @@ fn write(folder: &Path, authority: &Authority, change: impl FnOnce(&mut DaemonCo
     };
     let token = config::Token { keys: folder.join("keys.json"), file: folder.join("peer") };
     let socket = folder.join("socket");
-    let mut config = DaemonConfig::with_defaults(Profile::Macronode, loopback, loopback, tls, token, socket);
+    let mut config = DaemonConfig::with_defaults(profile, loopback, loopback, tls, token, socket);
     config.drain = config::Drain { delay_ms: 0, timeout_ms: 5_000 };
     change(&mut config);
     let peers = PeersConfig { format: config::FORMAT, name: "target".to_owned(), peers: Vec::new() };

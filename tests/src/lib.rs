@@ -12,6 +12,7 @@ pub mod oap;
 pub mod operator;
 pub mod process;
 pub mod programs;
+pub mod quic;
 pub mod subscriber;
 #[cfg(test)]
 mod tables;

@@ -5,6 +5,7 @@ mod amnesia;
 mod authorities;
 mod local;
 mod metrics;
+mod parity;
 mod protocol;
 mod reload;
 mod sessions;

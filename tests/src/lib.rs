@@ -13,6 +13,7 @@ pub mod operator;
 pub mod process;
 pub mod profile;
 pub mod programs;
+pub mod quic;
 pub mod subscriber;
 #[cfg(test)]
 mod tables;

@@ -1,5 +1,5 @@
 //! The session suite: what a session is to its clients and peers, over every transport and in both
-//! profiles. [`table`] runs each of its tests for each pair, so that a row that is missing shows
+//! profiles. `table` runs each of its tests for each pair, so that a row that is missing shows
 //! as a test that is missing.
 
 use std::fs;
@@ -35,54 +35,40 @@ struct Case {
 
 /// Transport × profile × test.
 macro_rules! table {
-    ($($test:ident),* $(,)?) => {$(
-        mod $test {
-            use super::{Case, Profile, Transport};
+    ($($test:ident: $($column:ident $transport:ident),+;)+) => {$(
+        mod $test {$(
+            mod $column {
+                use overlay_core::config::{Profile, Transport};
 
-            #[test]
-            fn tcp_micronode() -> anyhow::Result<()> {
-                super::$test(Case { profile: Profile::Micronode, transport: Transport::Tcp })
-            }
+                use crate::parity::Case;
 
-            #[test]
-            fn tcp_macronode() -> anyhow::Result<()> {
-                super::$test(Case { profile: Profile::Macronode, transport: Transport::Tcp })
-            }
+                #[test]
+                fn micronode() -> anyhow::Result<()> {
+                    crate::parity::$test(Case { profile: Profile::Micronode, transport: Transport::$transport })
+                }
 
-            #[test]
-            fn quic_micronode() -> anyhow::Result<()> {
-                super::$test(Case { profile: Profile::Micronode, transport: Transport::Quic })
+                #[test]
+                fn macronode() -> anyhow::Result<()> {
+                    crate::parity::$test(Case { profile: Profile::Macronode, transport: Transport::$transport })
+                }
             }
-
-            #[test]
-            fn quic_macronode() -> anyhow::Result<()> {
-                super::$test(Case { profile: Profile::Macronode, transport: Transport::Quic })
-            }
-
-            #[test]
-            fn tor_micronode() -> anyhow::Result<()> {
-                super::$test(Case { profile: Profile::Micronode, transport: Transport::Tor })
-            }
-
-            #[test]
-            fn tor_macronode() -> anyhow::Result<()> {
-                super::$test(Case { profile: Profile::Macronode, transport: Transport::Tor })
-            }
-        }
-    )*};
+        )+}
+    )+};
 }
 
+// What an onion service forwards is Tor's listener's matter here; daemons that are peers through a
+// network of relays are in `tests/tor`.
 table!(
-    a_handshake_that_proves_less_is_refused,
-    a_session_is_named_by_its_transport,
-    every_start_needs_its_own_token,
-    what_is_published_is_delivered,
-    a_byte_over_a_mebibyte_is_413,
-    a_broken_frame_is_told_and_ends_the_session,
-    silence_ends_a_session,
-    what_was_accepted_is_delivered_when_it_stops,
-    peers_carry_messages_and_files,
-    a_killed_peer_comes_back,
+    a_handshake_that_proves_less_is_refused: tcp Tcp, quic Quic, tor Tor;
+    a_session_is_named_by_its_transport: tcp Tcp, quic Quic, tor Tor;
+    every_start_needs_its_own_token: tcp Tcp, quic Quic, tor Tor;
+    what_is_published_is_delivered: tcp Tcp, quic Quic, tor Tor;
+    a_byte_over_a_mebibyte_is_413: tcp Tcp, quic Quic, tor Tor;
+    a_broken_frame_is_told_and_ends_the_session: tcp Tcp, quic Quic, tor Tor;
+    silence_ends_a_session: tcp Tcp, quic Quic, tor Tor;
+    what_was_accepted_is_delivered_when_it_stops: tcp Tcp, quic Quic, tor Tor;
+    peers_carry_messages_and_files: tcp Tcp, quic Quic;
+    a_killed_peer_comes_back: tcp Tcp, quic Quic;
 );
 
 /// A daemon that accepts sessions over the transport.

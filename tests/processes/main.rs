@@ -8,4 +8,5 @@ mod metrics;
 mod protocol;
 mod reload;
 mod sessions;
+mod shutdown;
 mod tokens;

@@ -203,11 +203,12 @@ impl Turn {
                 }
             }
             Input::Frame { id, frame, grant, at, held } => {
-                let route = self.route(id, &frame);
+                let (route, answers) = (self.route(id, &frame), self.node.answers());
                 self.node.handle_frame(id, frame, grant, self.time());
                 drop(held);
                 self.greet(id);
-                if let Some(route) = route {
+                // A chunk that awaits others is no request.
+                if let Some(route) = route.filter(|_| self.node.answers() != answers) {
                     self.metrics.latency(route).observe(at.elapsed().as_secs_f64());
                 }
             }
@@ -255,16 +256,17 @@ impl Turn {
         if !frame.flags.has(Flags::REQ) {
             return None;
         }
-        let started = frame.flags.has(Flags::START);
+        let (started, ended) = (frame.flags.has(Flags::START), frame.flags.has(Flags::END));
         match frame.app {
             AppProto::CONTROL if self.live.get(&id).is_some_and(|live| live.counted.is_none()) => Some(Route::Hello),
             AppProto::CONTROL => Some(Route::Ping),
             AppProto::PUBSUB if started => match parse(&frame.payload)? {
                 Open::Subscribe { .. } => Some(Route::Subscribe),
                 Open::Publish { .. } => Some(Route::Publish),
-                Open::Renew { .. } | Open::Gossip {} | Open::Sessions {} => None,
+                Open::Renew { .. } => Some(Route::Renew),
+                Open::Gossip {} | Open::Sessions {} => None,
             },
-            AppProto::PUBSUB => Some(Route::Publish),
+            AppProto::PUBSUB if !ended => Some(Route::Publish),
             AppProto::GOSSIP if started => Some(Route::Gossip),
             AppProto::ADMIN if started => Some(Route::Status),
             _ => None,

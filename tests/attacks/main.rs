@@ -5,6 +5,7 @@
 //! Nothing passes or fails by the clock: what is asserted is counts, and ratios measured in
 //! the same run; latencies are printed. `OVERLAY_SOAK=1` (`tests/run soak`) attacks in full size.
 
+mod admin;
 mod exhaustion;
 mod framing;
 mod handshake;
@@ -12,3 +13,4 @@ mod probe;
 mod sessions;
 mod shutdown;
 mod target;
+mod tokens;

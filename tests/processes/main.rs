@@ -9,4 +9,5 @@ mod parity;
 mod protocol;
 mod reload;
 mod sessions;
+mod shutdown;
 mod tokens;

@@ -8,7 +8,7 @@ use overlay_core::control::{Hello, Incarnation, Open, json};
 use overlay_core::frame::AppProto;
 use overlay_core::identity::TenantId;
 use overlay_core::node::Node;
-use overlay_core::record::{Publish, Record};
+use overlay_core::record::{Piece, Publish, Record};
 use tokio::io::DuplexStream;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -111,6 +111,35 @@ fn compressed(payload: &[u8]) -> Bytes {
     let mut out = Vec::with_capacity(zstd_safe::compress_bound(payload.len()));
     zstd_safe::compress(&mut out, payload, 3).unwrap();
     out.into()
+}
+
+/// C-5: what is counted of a route is its requests: a message in chunks is one, an END is none.
+#[tokio::test(start_paused = true)]
+async fn a_message_is_one_request() {
+    let mut bench = Bench::new();
+    let token = bench.token.clone();
+    let mut client = bench.connect();
+    assert_eq!(client.ask(&hello()).await, 200);
+    let start = frame(Flags::START, AppProto::PUBSUB, 3, json(&Open::Publish { topic: "news".parse().unwrap() }));
+    assert_eq!(client.ask(&Frame { cap: token.clone(), ..start }).await, 200);
+    let publish = |record: Publish| frame(Flags::default(), AppProto::PUBSUB, 3, record.encode());
+    assert_eq!(client.ask(&publish(Publish::Message("small".into()))).await, 200);
+    let payload = vec![7; 65_537];
+    let hash = *blake3::hash(&payload).as_bytes();
+    client.send(&publish(Publish::Begin { size: 65_537, hash })).await;
+    for (index, bytes) in (0..).zip(payload.chunks(65_536).map(Bytes::copy_from_slice)) {
+        client.send(&publish(Publish::Piece(Piece { hash, index, bytes }))).await;
+    }
+    assert_eq!(client.receive().await.map_or(0, |answer| answer.code), 200);
+    let renewal = frame(Flags::START, AppProto::PUBSUB, 5, json(&Open::Renew { stream: 3 }));
+    assert_eq!(client.ask(&Frame { cap: token, ..renewal }).await, 200);
+    assert_eq!(client.receive().await.map_or(0, |end| end.corr_id), 3);
+    assert_eq!(client.ask(&frame(Flags::END, AppProto::PUBSUB, 5, Bytes::new())).await, 200);
+    let text = String::from_utf8(bench.context.metrics.render().unwrap()).unwrap();
+    for (route, count) in [("hello", 1), ("publish", 3), ("renew", 1), ("ping", 0)] {
+        let line = format!("request_latency_seconds_count{{route=\"{route}\",amnesia=\"on\"}} {count}\n");
+        assert!(text.contains(&line), "{line}{text}");
+    }
 }
 
 /// COMP from the byte that is read to the subscriber that gets it, and a frame that HELLO's

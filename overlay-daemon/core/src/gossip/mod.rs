@@ -226,7 +226,7 @@ impl Engine {
         out: &mut impl Outlet,
     ) -> Result<Vec<Delivery>, Reason> {
         self.counts.rx += 1;
-        let (unix_ms, now) = clock;
+        let now = clock.1;
         if !self.tenants.contains(&tenant) {
             return Err(Reason::Auth);
         }
@@ -235,7 +235,7 @@ impl Engine {
         }
         match record {
             Record::Message { hops, envelope, payload } => {
-                let Some(id) = self.check(link, tenant, hops, &envelope, unix_ms, out)? else { return Ok(Vec::new()) };
+                let Some(id) = self.check(link, tenant, hops, &envelope, clock, out)? else { return Ok(Vec::new()) };
                 if digest(&payload) != envelope.hash {
                     return Err(Reason::Protocol);
                 }
@@ -248,7 +248,7 @@ impl Engine {
                 Ok(vec![self.spread(held, holders, now, out)])
             }
             Record::Begin { hops, envelope } => {
-                let Some(id) = self.check(link, tenant, hops, &envelope, unix_ms, out)? else { return Ok(Vec::new()) };
+                let Some(id) = self.check(link, tenant, hops, &envelope, clock, out)? else { return Ok(Vec::new()) };
                 self.begin(id, link, tenant, hops.saturating_add(1), envelope, now, out);
                 Ok(Vec::new())
             }
@@ -276,7 +276,7 @@ impl Engine {
                 Ok(Vec::new())
             }
             Record::Graft { id, chunks } => {
-                self.graft(id, chunks, link, tenant, out);
+                self.graft((id, chunks), link, tenant, now, out);
                 Ok(Vec::new())
             }
             Record::Prune => {
@@ -295,7 +295,7 @@ impl Engine {
         tenant: TenantId,
         hops: u8,
         envelope: &Envelope,
-        unix_ms: u64,
+        (unix_ms, now): (u64, Millis),
         out: &mut impl Outlet,
     ) -> Result<Option<MessageId>, Reason> {
         let id = envelope.id(tenant);
@@ -306,10 +306,8 @@ impl Engine {
             }
             Novelty::Duplicate => {
                 self.counts.duplicates += 1;
-                if let Some(held) = self.store.get_mut(id) {
-                    held.known.insert(link);
-                }
-                if self.links.make_lazy(link) {
+                self.wanted.remove((tenant, id));
+                if !self.goes_on(id, link, hops, now, out) && self.links.make_lazy(link) {
                     self.send(link, tenant, Class::Control, Record::Prune.encode(), out);
                 }
                 Ok(None)
@@ -321,6 +319,20 @@ impl Engine {
             Novelty::New if hops >= self.config.max_hops => Err(Reason::Protocol),
             Novelty::New => Ok(Some(id)),
         }
+    }
+
+    /// A message that is held came again. Whether it is passed on only now, since it first came
+    /// by too many hops.
+    fn goes_on(&mut self, id: MessageId, link: LinkId, hops: u8, now: Millis, out: &mut impl Outlet) -> bool {
+        let Some(held) = self.store.get_mut(id) else { return false };
+        held.known.insert(link);
+        if !held.shorten(hops.saturating_add(1), self.config.max_hops) {
+            return false;
+        }
+        let (held, known) = (held.clone(), held.known);
+        self.links.rewind_all(self.store.position(id).unwrap_or(u64::MAX));
+        self.spread(held, known, now, out);
+        true
     }
 
     #[allow(clippy::too_many_arguments)] // a record's parts, each of its own type
@@ -350,6 +362,7 @@ impl Engine {
         } else {
             // No room to put it together: ask again later, as if it had been announced.
             self.wanted.add((tenant, id), link, now);
+            self.wanted.wait((tenant, id), now);
         }
     }
 

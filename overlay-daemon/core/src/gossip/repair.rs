@@ -83,7 +83,13 @@ impl Engine {
 
     pub(super) fn announced(&mut self, id: MessageId, link: LinkId, tenant: TenantId, now: Millis) {
         if let Some(held) = self.store.get_mut(id) {
+            // Where it came by too many hops to go on, another may have it by fewer: a link that
+            // says too many must not keep it from those behind this daemon.
+            let at_end = held.hops >= self.config.max_hops && held.tenant == tenant && !held.known.contains(link);
             held.known.insert(link);
+            if at_end {
+                self.wanted.add((tenant, id), link, now);
+            }
         } else if let Some(assembly) = self.assemblies.get_mut(id).filter(|assembly| assembly.tenant == tenant) {
             assembly.holders.insert(link);
         } else if !self.store.has_seen(id) {
@@ -154,17 +160,30 @@ impl Engine {
         holders.iter().for_each(|link| self.wanted.add((tenant, id), link, now));
     }
 
-    /// A link asks for a message. Where its lane has no room, it asks again.
-    pub(super) fn graft(&mut self, id: MessageId, chunks: u32, link: LinkId, tenant: TenantId, out: &mut impl Outlet) {
+    /// A link asks for a message. Where its lane has no room, it asks again; where it has been
+    /// sent it time and again, it is not.
+    pub(super) fn graft(
+        &mut self,
+        (id, chunks): (MessageId, u32),
+        link: LinkId,
+        tenant: TenantId,
+        now: Millis,
+        out: &mut impl Outlet,
+    ) {
         if chunks == 0 {
             self.links.make_eager(link);
         }
-        let Some(held) = self.store.get(id).filter(|held| held.tenant == tenant).cloned() else { return };
+        let Some(held) = self.store.get_mut(id).filter(|held| held.tenant == tenant) else { return };
+        if !held.may_answer(link, now) {
+            return;
+        }
+        let held = held.clone();
         let wanted = if chunks == 0 { WHOLE } else { chunks };
         if self.push(link, &held, wanted, out)
             && let Some(held) = self.store.get_mut(id)
         {
             held.known.insert(link);
+            held.note_answer(link);
         }
     }
 }

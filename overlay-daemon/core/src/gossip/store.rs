@@ -6,16 +6,20 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::LinkSet;
+use super::{LinkId, LinkSet};
 use crate::Millis;
 use crate::config::Gossip;
 use crate::control::Incarnation;
 use crate::identity::{SpiffeId, TenantId};
-use crate::record::{Envelope, MessageId};
+use crate::record::{Envelope, MessageId, with_hops};
 
 /// A message is held for at least this long, so that announcements can be answered; a
 /// publisher that would push it out sooner is told to wait.
 const MIN_HELD_MS: u64 = 2_000;
+/// How often one link is sent a message that it asks for, within [`ANSWERS_MS`]: what was sent
+/// arrives, and who asks on has no place for it, or wants the line filled.
+const MAX_ANSWERS: usize = 3;
+const ANSWERS_MS: u64 = 5_000;
 /// Origins (identity and incarnation) whose watermark is remembered.
 const MAX_ORIGINS: usize = 65_536;
 /// What a held message costs besides its frames: its entry, its envelope, its place in maps.
@@ -37,6 +41,49 @@ pub struct Held {
     /// Links whose other end has it.
     pub known: LinkSet,
     at: Millis,
+    /// Links that were sent it for the first time since then because they asked, for the second
+    /// time, and so on.
+    answered: [LinkSet; MAX_ANSWERS],
+    answered_since: Millis,
+}
+
+impl Held {
+    /// Whether a link that asks for it is sent it once more.
+    pub(super) fn may_answer(&mut self, link: LinkId, now: Millis) -> bool {
+        if now.since(self.answered_since) >= ANSWERS_MS {
+            self.answered = Default::default();
+            self.answered_since = now;
+        }
+        !self.answered.iter().all(|links| links.contains(link))
+    }
+
+    /// A link that asked was sent it.
+    pub(super) fn note_answer(&mut self, link: LinkId) {
+        if let Some(links) = self.answered.iter_mut().find(|links| !links.contains(link)) {
+            links.insert(link);
+        }
+    }
+
+    /// It is known to have come by fewer hops: whether it goes on for that, since until now it
+    /// had reached `most`. Nobody vouches for the number of hops, so the least that was said
+    /// counts.
+    pub(super) fn shorten(&mut self, hops: u8, most: u8) -> bool {
+        if self.hops < most || hops >= most {
+            return false;
+        }
+        self.hops = hops;
+        let mut frames = self.frames.to_vec();
+        if let Some(first) = frames.first_mut() {
+            *first = with_hops(first, hops);
+        }
+        self.frames = frames.into();
+        true
+    }
+
+    fn forget_link(&mut self, link: LinkId) {
+        self.known.remove(link);
+        self.answered.iter_mut().for_each(|links| links.remove(link));
+    }
 }
 
 /// What is known of an id.
@@ -142,7 +189,17 @@ impl Store {
         let envelope = Arc::new(envelope);
         self.index.insert(id, self.end());
         self.order.push_back(Seen { id, at: now, envelope: Arc::clone(&envelope) });
-        let held = Held { id, tenant, envelope, hops, frames: frames.into(), known: LinkSet::default(), at: now };
+        let held = Held {
+            id,
+            tenant,
+            envelope,
+            hops,
+            frames: frames.into(),
+            known: LinkSet::default(),
+            at: now,
+            answered: Default::default(),
+            answered_since: now,
+        };
         self.bytes += cost(&held);
         self.log.push_back(held.clone());
         while self.log.len() > 1 && self.bytes > self.capacity {
@@ -220,13 +277,14 @@ impl Store {
         origin.seen = now;
     }
 
-    pub(super) fn get(&self, id: MessageId) -> Option<&Held> {
-        self.at(*self.index.get(&id)?)
-    }
-
     pub(super) fn get_mut(&mut self, id: MessageId) -> Option<&mut Held> {
         let position = *self.index.get(&id)?;
         self.log.get_mut(usize::try_from(position.checked_sub(self.first)?).ok()?)
+    }
+
+    /// Where a message stands, if it is still held.
+    pub(super) fn position(&self, id: MessageId) -> Option<u64> {
+        self.index.get(&id).copied().filter(|position| *position >= self.first)
     }
 
     /// The message at `position`, if it is still held.
@@ -235,8 +293,8 @@ impl Store {
     }
 
     /// Forgets what a link's other end has: the link is gone, its number will name another.
-    pub(super) fn forget_link(&mut self, link: super::LinkId) {
-        self.log.iter_mut().for_each(|held| held.known.remove(link));
+    pub(super) fn forget_link(&mut self, link: LinkId) {
+        self.log.iter_mut().for_each(|held| held.forget_link(link));
     }
 
     /// The position of the oldest held message.

@@ -107,3 +107,79 @@ fn g3_a_link_does_not_inherit_anothers_quota() {
     announce(&mut engine, next, TENANT, &[id], Millis(2));
     assert_eq!(asked(&mut engine, (3, 1_000), next).first(), Some(&(TENANT, id)));
 }
+
+/// What a link is sent of a record's kind, while the engine is given `record` by `from`.
+fn give_and_take(engine: &mut Engine, from: LinkId, record: Record, now: Millis) -> Vec<(LinkId, TenantId, Record)> {
+    let mut out = Tenants::default();
+    let _ = engine.handle_record(from, TENANT, record, (UNIX_MS, now), &mut out);
+    out.0
+}
+
+/// G3: the same message asked for a thousand times is sent three times, chunked or not; who asks
+/// again much later, having had no room, is sent it again.
+#[test]
+fn g3_the_same_request_a_thousand_times_is_answered_three_times() {
+    for payload in [Bytes::from_static(b"small"), Bytes::from(vec![7; 200_000])] {
+        let (mut engine, links) = engine(3);
+        let hash = digest(&payload);
+        let draft = Draft { tenant: TENANT, topic: "news".parse().unwrap(), attributes: 0, payload, hash };
+        let held = engine.publish(draft, UNIX_MS, Millis(0), &mut Tenants::default()).unwrap();
+        let ask = |engine: &mut Engine, link, chunks, now| {
+            let sent = give_and_take(engine, link, Record::Graft { id: held.id, chunks }, Millis(now));
+            sent.iter().filter(|(_, _, record)| !matches!(record, Record::Prune)).count()
+        };
+        let frames: usize = (0..1_000).map(|now| ask(&mut engine, links[0], 0, now)).sum();
+        assert_eq!(frames, 3 * held.frames.len());
+        assert_eq!((1..8).map(|chunks| ask(&mut engine, links[0], chunks, 1_000)).sum::<usize>(), 0);
+        assert_eq!(ask(&mut engine, links[1], 0, 1_000), held.frames.len(), "another link's are its own");
+        assert_eq!(ask(&mut engine, links[0], 0, 5_001), held.frames.len());
+        engine.handle_dropped(links[1], Millis(5_002));
+        assert_eq!((0..4).map(|_| ask(&mut engine, links[1], 0, 5_003)).sum::<usize>(), 3 * held.frames.len());
+    }
+}
+
+/// G1, G7: a link that passes a message on as if it had gone round almost too often does not keep
+/// it from those behind this daemon: it goes on once another link shows it with fewer hops, be it
+/// by pushing it or, asked, after an announcement.
+#[test]
+fn g7_too_many_hops_said_by_one_do_not_end_a_message() {
+    for announced in [false, true] {
+        let (mut engine, links) = engine(3);
+        let (envelope, payload) = message(1);
+        let id = envelope.id(TENANT);
+        let most = engine.config.max_hops;
+        let by = |hops| Record::Message { hops, envelope: envelope.clone(), payload: payload.clone() };
+        let mut out = Tenants::default();
+        let got = engine.handle_record(links[0], TENANT, by(most - 1), (UNIX_MS, Millis(1)), &mut out).unwrap();
+        assert_eq!((got.len(), out.0.len()), (1, 0), "delivered here, and not passed on");
+        if announced {
+            announce(&mut engine, links[1], TENANT, &[id], Millis(2));
+            assert_eq!(asked(&mut engine, (3, 1_000), links[1]).first(), Some(&(TENANT, id)));
+        }
+        let mut out = Tenants::default();
+        let again = engine.handle_record(links[1], TENANT, by(0), (UNIX_MS, Millis(1_000)), &mut out).unwrap();
+        assert!(again.is_empty(), "not delivered twice");
+        assert_eq!(out.0, [(links[2], TENANT, by(1))]);
+        assert!(give_and_take(&mut engine, links[1], by(0), Millis(1_001)).iter().all(|(_, _, r)| *r == Record::Prune));
+        assert_eq!(asked(&mut engine, (1_002, 3_000), links[1]), []);
+    }
+}
+
+/// The same where nobody is pushed to: those who were told of all that is held are told of it.
+#[test]
+fn g7_what_goes_on_late_is_announced() {
+    let (mut engine, links) = engine(3);
+    for link in &links {
+        engine.links.make_lazy(*link);
+    }
+    let (envelope, payload) = message(1);
+    let by = |hops| Record::Message { hops, envelope: envelope.clone(), payload: payload.clone() };
+    let most = engine.config.max_hops;
+    give_and_take(&mut engine, links[0], by(most - 1), Millis(1));
+    let mut out = Tenants::default();
+    (2..1_000).for_each(|now| engine.handle_timeout(Millis(now), &mut out));
+    assert_eq!(out.0, []);
+    give_and_take(&mut engine, links[1], by(0), Millis(1_000));
+    (1_000..2_000).for_each(|now| engine.handle_timeout(Millis(now), &mut out));
+    assert_eq!(out.0, [(links[2], TENANT, Record::Announce(vec![envelope.id(TENANT)]))]);
+}

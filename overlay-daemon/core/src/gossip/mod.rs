@@ -25,7 +25,7 @@ use crate::lanes::Class;
 use crate::record::{Digest, Envelope, MessageId, Record, pieces};
 use crate::status::{Reason, Refusal, Status};
 
-use assembly::{Assemblies, Whole};
+use assembly::{Assemblies, Assembly, Begun, Whole};
 use links::Links;
 use store::{Novelty, Store};
 use wanted::{Key, Wanted};
@@ -249,11 +249,11 @@ impl Engine {
             }
             Record::Begin { hops, envelope } => {
                 let Some(id) = self.check(link, tenant, hops, &envelope, clock, out)? else { return Ok(Vec::new()) };
-                self.begin(id, link, tenant, hops.saturating_add(1), envelope, now, out);
+                self.begin(id, link, tenant, hops.saturating_add(1), envelope, now, out)?;
                 Ok(Vec::new())
             }
             Record::Piece(piece) => {
-                let done = self.assemblies.add(tenant, &piece, now);
+                let done = self.assemblies.add(link, tenant, &piece, now);
                 let mut deliveries = Vec::new();
                 let mut broken = false;
                 for message in done {
@@ -345,25 +345,42 @@ impl Engine {
         envelope: Envelope,
         now: Millis,
         out: &mut impl Outlet,
-    ) {
-        if let Some(assembly) = self.assemblies.get_mut(id) {
-            assembly.holders.insert(link);
-            self.counts.duplicates += 1;
-            if self.links.make_lazy(link) {
-                self.send(link, tenant, Class::Control, Record::Prune.encode(), out);
+    ) -> Result<(), Reason> {
+        let (key, others) = match self.assemblies.handle_begin(id, link, envelope.size, now) {
+            Begun::False => return Err(Reason::Protocol),
+            Begun::Begins(key, others) => (key, others),
+            Begun::Joins => {
+                self.counts.duplicates += 1;
+                if self.links.make_lazy(link) {
+                    self.send(link, tenant, Class::Control, Record::Prune.encode(), out);
+                }
+                return Ok(());
             }
-            return;
-        }
-        if out.has_memory(envelope.size.into()) && self.assemblies.begin(id, tenant, hops, envelope, link, now) {
-            let holders = self.wanted.remove((tenant, id));
-            if let Some(assembly) = self.assemblies.get_mut(id) {
-                assembly.holders = assembly.holders.union(holders);
-            }
+        };
+        self.want_anew(id, tenant, others, now);
+        let mut assembly = Assembly::new(tenant, hops, envelope, link, now);
+        let mut others = self.wanted.remove((tenant, id));
+        others.remove(link);
+        if key.1.is_none() {
+            assembly.holders = assembly.holders.union(others);
         } else {
-            // No room to put it together: ask again later, as if it had been announced.
-            self.wanted.add((tenant, id), link, now);
-            self.wanted.wait((tenant, id), now);
+            self.want_anew(id, tenant, others, now);
         }
+        let fits = out.has_memory(assembly.envelope.size.into());
+        match fits.then(|| self.assemblies.begin(key, assembly)).flatten() {
+            Some(evicted) => {
+                if let Some((id, Assembly { tenant, holders, .. })) = evicted {
+                    self.want_anew(id, tenant, holders, now);
+                }
+            }
+            None => {
+                // No room to put it together: ask again later, as if it had been announced.
+                others.insert(link);
+                self.want_anew(id, tenant, others, now);
+                self.wanted.wait((tenant, id), now);
+            }
+        }
+        Ok(())
     }
 
     fn whole(&mut self, whole: Whole, now: Millis, out: &mut impl Outlet) -> Delivery {
@@ -371,6 +388,7 @@ impl Engine {
         let begin = Record::Begin { hops, envelope: envelope.clone() }.encode();
         let frames = std::iter::once(begin).chain(pieces).collect();
         self.arrived((tenant, id), from);
+        let holders = holders.union(self.wanted.remove((tenant, id)));
         let held = self.store.insert(id, tenant, envelope, hops, frames, now);
         self.spread(held, holders, now, out)
     }

@@ -183,3 +183,70 @@ fn g7_what_goes_on_late_is_announced() {
     (1_000..2_000).for_each(|now| engine.handle_timeout(Millis(now), &mut out));
     assert_eq!(out.0, [(links[2], TENANT, Record::Announce(vec![envelope.id(TENANT)]))]);
 }
+
+/// A message of two chunks, and what its holder sends of it.
+fn chunked() -> (Envelope, Vec<Record>) {
+    let payload = Bytes::from(vec![7; 70_000]);
+    let envelope = Envelope { size: 70_000, hash: digest(&payload), ..message(1).0 };
+    let records = whole(&envelope, &payload);
+    (envelope, records)
+}
+
+/// G1: a link that knows a chunked message before the others do, and begins it, of the true size
+/// or another, with false chunks, whenever it may: the true message arrives, from a link that
+/// answers what it is asked.
+#[test]
+fn g1_false_chunks_do_not_keep_a_message_out() {
+    for sizes in [vec![70_000], vec![1_048_576], vec![70_000, 1_048_576, 80_000]] {
+        let (mut engine, links) = engine(3);
+        let (envelope, records) = chunked();
+        let mut delivered = 0;
+        let mut owed = Vec::new();
+        for now in (1..5_000).map(Millis) {
+            for liar in &links[..2] {
+                let size = sizes[now.0 as usize % sizes.len()];
+                let begin = Record::Begin { hops: 0, envelope: Envelope { size, ..envelope.clone() } };
+                let piece = |index, len| {
+                    let bytes = vec![8; len].into();
+                    Record::Piece(crate::record::Piece { hash: envelope.hash, index, bytes })
+                };
+                for record in [begin, piece(0, 65_536), piece(1, 4_464), piece(1, 65_536)] {
+                    let _ = give(&mut engine, *liar, record, now);
+                }
+            }
+            if now == Millis(1) {
+                announce(&mut engine, links[2], TENANT, &[envelope.id(TENANT)], now);
+            }
+            if let Some(record) = owed.pop() {
+                delivered += give(&mut engine, links[2], record, now).map_or(0, |given| given.len());
+            }
+            let mut out = Sent::default();
+            engine.handle_timeout(now, &mut out);
+            let asks = out.0.iter().filter(|(link, _)| *link == links[2]);
+            if asks.filter(|(_, record)| matches!(record, Record::Graft { chunks: 0, .. })).count() > 0 {
+                owed = records.iter().rev().cloned().collect();
+            }
+        }
+        assert_eq!(delivered, 1, "{sizes:?}");
+        assert_eq!(engine.assemblies.bytes(), 0);
+    }
+}
+
+/// G1: links that begin as many messages as they may and send no chunk: one that has something to
+/// send finds a place, and they no second one for it.
+#[test]
+fn g1_links_that_begin_much_leave_places_for_others() {
+    let (mut engine, links) = engine(8);
+    let begin = |engine: &mut Engine, link, n| {
+        let envelope = Envelope { size: 70_000, ..message(n).0 };
+        give(engine, link, Record::Begin { hops: 0, envelope }, Millis(n))
+    };
+    for n in 1..500 {
+        links[1..].iter().for_each(|liar| drop(begin(&mut engine, *liar, n * 10 + u64::from(*liar == links[1]))));
+    }
+    let (_, records) = chunked();
+    let given: Vec<usize> =
+        records.into_iter().map(|record| give(&mut engine, links[0], record, Millis(9_999)).unwrap().len()).collect();
+    assert_eq!(given, [0, 0, 1]);
+    assert!(engine.assemblies.bytes() <= 64 * 70_000);
+}

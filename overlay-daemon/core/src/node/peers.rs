@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use super::pace::gossip_bucket;
 use super::{Clock, Entry, Kind, Node, Output, Party, SessionId, Wire};
 use crate::Millis;
 use crate::config::{Peer, Places};
@@ -65,6 +66,7 @@ impl Node {
         let burst = self.config.gossip.burst_frames;
         if let Some(entry) = self.sessions.get_mut(&id) {
             entry.lanes.limit(burst, clock.now);
+            entry.gossip = Some(gossip_bucket(burst, clock.now));
             entry.party = Party::Peer(super::entry::Remote {
                 identity,
                 incarnation: daemon.incarnation,

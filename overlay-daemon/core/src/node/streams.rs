@@ -145,6 +145,7 @@ impl Node {
             self.count_useless(id);
             return;
         };
+        self.pace_gossip(id, &record, clock.now);
         let (mut wire, engine) = self.wire();
         match engine.handle_record(link, tenant, record, (clock.unix_ms, clock.now), &mut wire) {
             Ok(deliveries) => deliveries.iter().for_each(|held| self.deliver(held)),

@@ -41,3 +41,59 @@ fn m1_subscriptions_claim_what_they_take() {
     clients.into_iter().for_each(|client| sim.nodes[0].handle_closed(client));
     assert_eq!(sim.nodes[0].memory_used(), 0);
 }
+
+/// The session by which a node has its one peer, and the stream by which that sends gossip.
+fn gossip_in(sim: &Sim, node: usize) -> (SessionId, u64) {
+    let streams = |(id, entry): (&SessionId, &Entry)| {
+        entry.session.streams().find(|(_, s)| matches!(s.kind, Kind::GossipIn)).map(|(corr_id, _)| (*id, corr_id))
+    };
+    sim.nodes[node].sessions.iter().find_map(streams).unwrap()
+}
+
+fn gossips(sim: &mut Sim, node: usize, record: &Record) {
+    let (id, corr_id) = gossip_in(sim, node);
+    let frame = Frame::new(Flags::REQ, AppProto::GOSSIP, TenantId(0), corr_id, record.encode());
+    sim.client_starts(node, id, frame, None);
+}
+
+/// G3, F6: a peer that floods with well-formed records of any kind is read ever more slowly, and
+/// not cut off; one that sends all that its bucket lets it, and asks as much as it may, is not.
+#[test]
+fn f6_a_peer_that_floods_is_slowed_and_an_honest_one_is_not() {
+    let announce = |n: u64| {
+        let ids =
+            (0..1_024).map(|id| crate::record::MessageId(blake3::hash(&[n, id].map(u64::to_be_bytes).concat()).into()));
+        Record::Announce(ids.collect())
+    };
+    let graft = |n: u64| Record::Graft { id: crate::record::MessageId([n as u8; 32]), chunks: 0 };
+    for flood in [announce as fn(u64) -> Record, graft, |_| Record::Prune] {
+        let mut sim = Sim::new(2);
+        sim.full_mesh();
+        let (id, _) = gossip_in(&sim, 0);
+        let (mut until, mut read) = (Millis(0), 0_u64);
+        for n in 0..20_000 {
+            if sim.clock().now >= until {
+                gossips(&mut sim, 0, &flood(n));
+                read += 1;
+            }
+            if n % 20 == 0 {
+                sim.run(1);
+                until = sim.paused(0, id).unwrap_or(until);
+            }
+        }
+        assert!(until > Millis(0) && read < 6_000, "{read} of 20 a millisecond");
+        assert_eq!((sim.nodes[0].peers_up(), sim.rejected(0, Reason::Quota)), (1, 0));
+    }
+    let mut sim = Sim::with(2, |config| {
+        config.overlay.per_peer_rps = 10_000;
+        config.overlay.rps = 10_000;
+    });
+    sim.full_mesh();
+    let publisher = sim.publisher(1);
+    for n in 0..4_000 {
+        publish(&mut sim, 1, publisher, 1, &Publish::Message(format!("m{n}").into()));
+        sim.run(1);
+    }
+    let (id, _) = gossip_in(&sim, 0);
+    assert_eq!(sim.paused(0, id), None);
+}

@@ -22,8 +22,16 @@ const MAX_ANSWERS: usize = 3;
 const ANSWERS_MS: u64 = 5_000;
 /// Origins (identity and incarnation) whose watermark is remembered.
 const MAX_ORIGINS: usize = 65_536;
+/// And what they cost in bytes, at the most.
+const MAX_ORIGIN_BYTES: u64 = 8 << 20;
 /// What a held message costs besides its frames: its entry, its envelope, its place in maps.
 const OVERHEAD_BYTES: u64 = 512;
+/// What an id that is remembered costs besides the names in its envelope: its entry in two maps,
+/// its envelope. An origin whose watermark is remembered costs no more.
+const SEEN_BYTES: u64 = 320;
+/// What one costs on the average, at the most, and all of them no more than what is held may:
+/// longer names are remembered for fewer messages.
+const MOST_SEEN_BYTES: u64 = 512;
 
 /// A message as it goes to others, encoded once.
 #[derive(Clone, Debug)]
@@ -127,7 +135,9 @@ pub(super) struct Store {
     /// Every id of the window, with its position in the log at the time.
     index: HashMap<MessageId, u64>,
     order: VecDeque<Seen>,
+    seen_bytes: u64,
     origins: BTreeMap<(SpiffeId, Incarnation), Origin>,
+    origin_bytes: u64,
 }
 
 impl Store {
@@ -143,7 +153,9 @@ impl Store {
             queued_bytes: 0,
             index: HashMap::new(),
             order: VecDeque::new(),
+            seen_bytes: 0,
             origins: BTreeMap::new(),
+            origin_bytes: 0,
         }
     }
 
@@ -188,6 +200,7 @@ impl Store {
     ) -> Held {
         let envelope = Arc::new(envelope);
         self.index.insert(id, self.end());
+        self.seen_bytes += seen_cost(&envelope);
         self.order.push_back(Seen { id, at: now, envelope: Arc::clone(&envelope) });
         let held = Held {
             id,
@@ -205,7 +218,8 @@ impl Store {
         while self.log.len() > 1 && self.bytes > self.capacity {
             self.forget_payload();
         }
-        while self.order.len() > self.entries {
+        let most = (self.entries as u64 * MOST_SEEN_BYTES).min(self.capacity);
+        while self.order.len() > self.entries || (self.seen_bytes > most && self.order.len() > 1) {
             self.forget_id(true, now);
         }
         held
@@ -229,7 +243,12 @@ impl Store {
             self.forget_id(false, now);
         }
         let window = self.window_ms;
-        self.origins.retain(|_, origin| now.since(origin.seen) < 2 * window);
+        let bytes = &mut self.origin_bytes;
+        self.origins.retain(|(identity, _), origin| {
+            let keeps = now.since(origin.seen) < 2 * window;
+            *bytes -= if keeps { 0 } else { origin_cost(identity) };
+            keeps
+        });
     }
 
     fn forget_payload(&mut self) {
@@ -255,13 +274,14 @@ impl Store {
         self.log.iter()
     }
 
-    /// Bytes held, here or by a queue that shares them.
+    /// Bytes held, here or by a queue that shares them, and of what is remembered.
     pub(super) fn memory(&self) -> u64 {
-        self.bytes + self.queued_bytes
+        self.bytes + self.queued_bytes + self.seen_bytes + self.origin_bytes
     }
 
     fn forget_id(&mut self, early: bool, now: Millis) {
         let Some(seen) = self.order.pop_front() else { return };
+        self.seen_bytes -= seen_cost(&seen.envelope);
         if self.index.remove(&seen.id).is_some_and(|position| position >= self.first) {
             // Held payloads are a suffix of the ids seen, so the front of the log is this one.
             self.forget_payload();
@@ -269,10 +289,15 @@ impl Store {
         if !early {
             return;
         }
-        if self.origins.len() >= MAX_ORIGINS {
-            self.origins.pop_first();
+        let key = (seen.envelope.origin.clone(), seen.envelope.incarnation);
+        if !self.origins.contains_key(&key) {
+            self.origin_bytes += origin_cost(&key.0);
+            while self.origins.len() >= MAX_ORIGINS || self.origin_bytes > MAX_ORIGIN_BYTES {
+                let Some(((identity, _), _)) = self.origins.pop_first() else { break };
+                self.origin_bytes -= origin_cost(&identity);
+            }
         }
-        let origin = self.origins.entry((seen.envelope.origin.clone(), seen.envelope.incarnation)).or_default();
+        let origin = self.origins.entry(key).or_default();
         origin.watermark = origin.watermark.max(seen.envelope.sequence);
         origin.seen = now;
     }
@@ -295,6 +320,12 @@ impl Store {
     /// Forgets what a link's other end has: the link is gone, its number will name another.
     pub(super) fn forget_link(&mut self, link: LinkId) {
         self.log.iter_mut().for_each(|held| held.forget_link(link));
+    }
+
+    /// Ids that are remembered.
+    #[cfg(test)]
+    pub(super) fn remembered(&self) -> usize {
+        self.order.len()
     }
 
     /// The position of the oldest held message.
@@ -320,4 +351,12 @@ fn is_queued(held: &Held) -> bool {
 
 fn cost(held: &Held) -> u64 {
     held.frames.iter().map(|frame| frame.len() as u64).sum::<u64>() + OVERHEAD_BYTES
+}
+
+fn seen_cost(envelope: &Envelope) -> u64 {
+    SEEN_BYTES + (envelope.topic.as_str().len() + envelope.origin.as_str().len()) as u64
+}
+
+fn origin_cost(identity: &SpiffeId) -> u64 {
+    SEEN_BYTES / 2 + identity.as_str().len() as u64
 }

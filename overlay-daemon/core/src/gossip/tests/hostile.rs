@@ -250,3 +250,24 @@ fn g1_links_that_begin_much_leave_places_for_others() {
     assert_eq!(given, [0, 0, 1]);
     assert!(engine.assemblies.bytes() <= 64 * 70_000);
 }
+
+/// M1: what is remembered of messages counts as memory and is bounded in bytes, however long the
+/// names in them are.
+#[test]
+fn m1_what_is_remembered_is_bounded_in_bytes() {
+    let (mut engine, links) = engine(2);
+    engine.handle_config(&Gossip { dedupe_entries: 1_024, store_bytes: 1 << 20, ..engine.config.clone() });
+    let mut most = 0;
+    for n in 1..=5_000 {
+        let (envelope, payload) = message(n);
+        let origin = format!("spiffe://example.org/ns/a/overlaynode/{}{n:04}", "x".repeat(2_000)).parse().unwrap();
+        let envelope = Envelope { origin, topic: "y".repeat(255).parse().unwrap(), ..envelope };
+        let record = Record::Message { hops: 0, envelope, payload };
+        assert_eq!(give(&mut engine, links[0], record, Millis(n)).unwrap().len(), 1);
+        most = most.max(engine.memory());
+    }
+    assert!(((8 << 20)..(10 << 20)).contains(&most), "held, remembered, and of origins: {most}");
+    assert!((150..250).contains(&engine.store.remembered()), "of 2.6 KiB each: {}", engine.store.remembered());
+    (0..400).for_each(|n| engine.handle_timeout(Millis(5_000 + n * 1_000), &mut Sent::default()));
+    assert_eq!((engine.memory(), engine.store.remembered()), (0, 0));
+}

@@ -97,3 +97,62 @@ fn f6_a_peer_that_floods_is_slowed_and_an_honest_one_is_not() {
     let (id, _) = gossip_in(&sim, 0);
     assert_eq!(sim.paused(0, id), None);
 }
+
+fn start_of(corr_id: u64, open: &Open) -> Frame {
+    Frame::new(Flags::REQ | Flags::START, AppProto::PUBSUB, TenantId(0), corr_id, json(open))
+}
+
+fn accepted(sim: &Sim, client: SessionId) -> usize {
+    let answers = sim.client_frames(0, client);
+    answers
+        .iter()
+        .filter(|frame| frame.flags.has(Flags::RESP) && frame.code == 200 && frame.payload.len() == 32)
+        .count()
+}
+
+/// I-9, P-2: those who have no token use up their own requests a second, and not the daemon's.
+#[test]
+fn who_has_no_token_takes_nothing_from_those_who_have() {
+    let mut sim = Sim::new(1);
+    let publisher = sim.publisher(0);
+    let strangers: Vec<SessionId> = (0..5).map(|_| sim.client(0)).collect();
+    let open = Open::Publish { topic: TOPIC.parse().unwrap() };
+    for n in 0..1_000 {
+        for stranger in &strangers {
+            sim.client_says(0, *stranger, start_of(3 + 2 * n, &open), None);
+        }
+        if n % 10 == 0 {
+            publish(&mut sim, 0, publisher, 1, &Publish::Message("m".into()));
+        }
+        sim.run(1);
+    }
+    assert_eq!(accepted(&sim, publisher), 100);
+    assert_eq!((sim.nodes[0].peers_up(), sim.nodes[0].sessions.len()), (0, 6), "each within its useless frames");
+}
+
+/// F7, I-9: uploads whose chunks come as slowly as they may do not take every place in flight:
+/// others publish and subscribe, and readiness stays.
+#[test]
+fn f7_slow_uploads_leave_places_for_others() {
+    let mut sim = Sim::new(1);
+    let slow: Vec<SessionId> = (0..20).map(|_| sim.client(0)).collect();
+    let open = Open::Publish { topic: TOPIC.parse().unwrap() };
+    let begin = Publish::Begin { size: 65_537, hash: [1; 32] }.encode();
+    for client in &slow {
+        for corr_id in (3..67).step_by(2) {
+            let grant = sim.grant();
+            sim.client_says(0, *client, start_of(corr_id, &open), Some(grant));
+            sim.run(3);
+            let frame = Frame::new(Flags::REQ, AppProto::PUBSUB, TenantId(0), corr_id, begin.clone());
+            sim.client_says(0, *client, frame, None);
+        }
+    }
+    assert!((200..=256).contains(&sim.nodes[0].quota.inflight()), "{}", sim.nodes[0].quota.inflight());
+    assert!(sim.nodes[0].pressure() <= 50);
+    let (subscriber, publisher) = (sim.subscriber(0), sim.publisher(0));
+    publish(&mut sim, 0, publisher, 1, &Publish::Message("m".into()));
+    sim.run(20);
+    assert_eq!((accepted(&sim, publisher), texts(&sim.client_frames(0, subscriber)).len()), (1, 1));
+    sim.run(7_000);
+    assert_eq!(sim.nodes[0].quota.inflight(), 0);
+}

@@ -16,6 +16,8 @@ use crate::lanes::Class;
 use crate::session::Role;
 use crate::status::{ErrorBody, Reason, Status};
 
+/// Bytes of a daemon's name, as configuration bounds them too.
+const MAX_NAME: usize = 63;
 /// After a refusal that names no time, a gossip stream is asked for again.
 const REFUSED_MS: u64 = 10_000;
 
@@ -39,6 +41,9 @@ impl Node {
             }
             return;
         };
+        if daemon.name.len() > MAX_NAME {
+            return self.drop_session(id, Some(Reason::Protocol)); // it would be kept, and is nobody's
+        }
         if daemon.incarnation == self.hello.incarnation && identity == self.identity {
             self.drop_session(id, None); // dialled ourselves
             return;

@@ -156,3 +156,17 @@ fn f7_slow_uploads_leave_places_for_others() {
     sim.run(7_000);
     assert_eq!(sim.nodes[0].quota.inflight(), 0);
 }
+
+/// F8: what a stranger says of itself in HELLO is kept for as long as its session lives, in case
+/// that it becomes a peer: it is as short as a name may be.
+#[test]
+fn f8_a_daemons_name_is_bounded() {
+    let mut sim = Sim::new(1);
+    for (len, sessions) in [(63, 1), (64, 1), (16_000, 1)] {
+        let holder = Holder::Certificate("spiffe://example.org/ns/a/overlaynode/stranger".parse().unwrap());
+        let daemon = DaemonHello { name: "x".repeat(len), incarnation: Incarnation(9) };
+        sim.client_as(0, holder, &Hello { ua: None, daemon: Some(daemon) });
+        sim.run(5);
+        assert_eq!(sim.nodes[0].sessions.len(), sessions, "{len}");
+    }
+}

@@ -70,8 +70,6 @@ pub enum Input {
     Broken(SessionId, Status),
     /// The connection is gone.
     Closed(SessionId),
-    /// Readiness was judged.
-    Readiness(Report, bool),
     /// The keys changed: which set it is, whose tokens it believes, and the token for peers.
     Keys(u64, BTreeSet<TokenKey>, Bytes),
     /// The configuration changed, as far as it can while the daemon runs.
@@ -112,6 +110,9 @@ pub struct Heartbeat {
     pub deserted: bool,
 }
 
+/// What readiness was judged to be, and whether writes are shed.
+pub type Judged = (Report, bool);
+
 struct Live {
     writer: mpsc::Sender<Batch>,
     gate: Arc<Gate>,
@@ -136,6 +137,9 @@ pub struct Hub {
     /// Whose writer sent its batch. A way of its own: behind a flood of frames that fill the
     /// writer's queue it would come too late.
     pub sent: mpsc::Receiver<SessionId>,
+    /// What readiness was judged to be. A way of its own too: who fills the queue must not keep
+    /// from the hub that it is to shed.
+    pub judged: watch::Receiver<Judged>,
     /// That it is alive.
     pub heartbeat: watch::Sender<Heartbeat>,
 }
@@ -143,7 +147,7 @@ pub struct Hub {
 impl Hub {
     /// Runs until `stop`, or until nobody is left to say anything.
     pub async fn run(self, stop: CancellationToken) {
-        let Self { node, clock, metrics, reading, peers, mut inputs, mut sent, heartbeat } = self;
+        let Self { node, clock, metrics, reading, peers, mut inputs, mut sent, mut judged, heartbeat } = self;
         let mut turn =
             Turn { node, clock, metrics, reading, peers, heartbeat, live: HashMap::new(), counted: Counts::default() };
         loop {
@@ -162,6 +166,10 @@ impl Hub {
                 () = sleep_until(clock.instant(wake)) => None,
             };
             turn.node.handle_reading(turn.reading.bytes());
+            if judged.has_changed().unwrap_or(false) {
+                let (report, shedding) = judged.borrow_and_update().clone();
+                turn.node.handle_readiness(report, shedding);
+            }
             if let Some(input) = input {
                 turn.handle(input);
                 for _ in 1..TURN {
@@ -218,7 +226,6 @@ impl Turn {
                 self.node.handle_closed(id);
                 self.live.remove(&id);
             }
-            Input::Readiness(report, shedding) => self.node.handle_readiness(report, shedding),
             Input::Keys(generation, keys, token) => {
                 self.node.handle_keys(generation, keys);
                 self.node.handle_token(token);

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::hub::{Heartbeat, Hub, Peers, QUEUE};
+use crate::hub::{Heartbeat, Hub, Judged, Peers, QUEUE};
 use crate::kms::Keys;
 use crate::kms::authority::{Authority, LeafOptions, TokenRoot, Volume, local_claims};
 use crate::transport::TransportConfig;
@@ -23,6 +23,7 @@ use crate::transport::TransportConfig;
 struct Bench {
     context: Context,
     token: Bytes,
+    judged: watch::Sender<Judged>,
     tasks: JoinSet<()>,
 }
 
@@ -43,13 +44,15 @@ impl Bench {
         let timing = Timing::from(TransportConfig::tcp(&config));
         let context = Context::new(hub, sender, keys.verifier(), timing, clock, Arc::clone(&metrics));
         let reading = context.reading.clone();
-        let hub = Hub { node, clock, metrics, reading, peers: Peers::default(), inputs, sent, heartbeat };
+        let (judged, is_judged) = watch::channel(Judged::default());
+        let peers = Peers::default();
+        let hub = Hub { node, clock, metrics, reading, peers, inputs, sent, judged: is_judged, heartbeat };
         let mut tasks = JoinSet::new();
         tasks.spawn(hub.run(CancellationToken::new()));
         let mut claims = local_claims();
         claims["exp"] = 4_000_000_000_u64.into();
         claims["nbf"] = 0.into();
-        Self { context, token: root.mint(&claims).into(), tasks }
+        Self { context, token: root.mint(&claims).into(), judged, tasks }
     }
 
     fn connect(&mut self) -> Client {
@@ -232,4 +235,25 @@ async fn f6_a_flood_is_not_read_then_closed() {
     let (a_pause, held) = (100 + QUEUE as u64, 2 * 64 * 1024 / 38);
     assert!(sent <= 4_000 + 102 * a_pause + held, "{sent} frames were taken");
     assert!((95..130).contains(&answered), "after ten seconds: {answered}");
+}
+
+/// I-6: whoever keeps the hub's queue full does not keep from it that writes are to be shed, nor
+/// that they are not any more: it hears so past the queue, before the next frame.
+#[tokio::test(start_paused = true)]
+async fn a_full_queue_does_not_keep_shedding_from_the_hub() {
+    let mut bench = Bench::new();
+    let mut client = bench.connect();
+    assert_eq!(client.ask(&hello()).await, 200);
+    let open = Open::Publish { topic: "news".parse().unwrap() };
+    let start = Frame { cap: bench.token.clone(), ..frame(Flags::START, AppProto::PUBSUB, 3, json(&open)) };
+    assert_eq!(client.ask(&start).await, 200);
+    for _ in 0..4 {
+        let hub = bench.context.hub.clone();
+        bench.tasks.spawn(async move { while hub.send(Input::Closed(SessionId(u64::MAX))).await.is_ok() {} });
+    }
+    let message = frame(Flags::default(), AppProto::PUBSUB, 3, Publish::Message("m".into()).encode());
+    for (shedding, code) in [(true, 503), (false, 200), (true, 503)] {
+        bench.judged.send_replace((overlay_core::readiness::Report::default(), shedding));
+        assert_eq!(client.ask(&message).await, code);
+    }
 }

@@ -195,6 +195,7 @@ impl Node {
             entry.lanes.resize(gossip.lane_depth_frames);
             if entry.lanes.is_limited() {
                 entry.lanes.limit(gossip.burst_frames, now);
+                entry.gossip = Some(pace::gossip_bucket(gossip.burst_frames, now));
             }
         }
         let ids: Vec<SessionId> = self.sessions.keys().copied().collect();

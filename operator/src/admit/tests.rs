@@ -55,7 +55,7 @@ fn good_manifests_are_admitted_and_make_a_configuration_that_daemons_read() {
             let id = names::identity(&node, names::DEFAULT_TRUST_DOMAIN).unwrap();
             for ordinal in 0..u32::try_from(node.spec.replicas).unwrap() {
                 let peers =
-                    build::peers_config(&node, ordinal, |_| id.clone(), |other| names::pod_address(&node, other));
+                    build::peers_config(&node, ordinal, &id, |_| id.clone(), |other| names::pod_address(&node, other));
                 let text = peers.to_toml().unwrap();
                 assert_eq!(config::peers(&text).unwrap_or_else(|e| panic!("{row}: {e:#?}\n{text}")), peers, "{row}");
             }

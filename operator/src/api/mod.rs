@@ -10,6 +10,7 @@
 mod crd;
 mod duration;
 mod gossip;
+mod peers;
 mod pod;
 mod size;
 mod status;
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 pub use crd::{CrdError, crd, crd_json, crd_yaml};
 pub use duration::{Duration, DurationError};
 pub use gossip::{Dedupe, Gossip};
+pub use peers::{MAX_PEERS, StaticPeer, Tor, TorTimeouts};
 pub use pod::{Image, PullPolicy, Quantity, Resources, SecretName};
 pub use size::Size;
 pub use status::{Effective, EffectiveLimits, OverlayNodeStatus, TlsSource, TlsStatus};
@@ -60,6 +62,9 @@ pub const KIND: &str = "OverlayNode";
     validation = Rule::new("self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')")
         .message("metadata.name: must be lowercase letters, digits and '-', start with a letter and end with a letter or digit")
         .reason(Reason::FieldValueInvalid),
+    validation = Rule::new("!has(self.spec.peers.static) || !self.spec.peers.static.exists(peer, peer.name.matches('-[0-9]+$') && peer.name.substring(0, peer.name.lastIndexOf('-')) == self.metadata.name)")
+        .message("spec.peers.static: must not have the name of a replica")
+        .reason(Reason::FieldValueInvalid),
     scale(
         spec_replicas_path = ".spec.replicas",
         status_replicas_path = ".status.replicas",
@@ -86,6 +91,26 @@ pub const KIND: &str = "OverlayNode";
     validation = Rule::new("self.peers.transport != 'QUIC' || self.transports.quic.enabled")
         .message("must be TCP unless transports.quic.enabled is true")
         .field_path(".peers.transport")
+        .reason(Reason::FieldValueInvalid),
+    validation = Rule::new("self.peers.transport != 'Tor'")
+        .message("must be TCP or QUIC: replicas have no onion services; Tor is for peers.static")
+        .field_path(".peers.transport")
+        .reason(Reason::FieldValueInvalid),
+    validation = Rule::new("self.transports.tor.enabled || !has(self.peers.static) || !self.peers.static.exists(peer, has(peer.transport) && peer.transport == 'Tor')")
+        .message("must be true where one of peers.static has transport Tor")
+        .field_path(".transports.tor.enabled")
+        .reason(Reason::FieldValueInvalid),
+    validation = Rule::new("self.tls.keyExchange == 'RequireHybrid' || !has(self.peers.static) || !self.peers.static.exists(peer, has(peer.transport) && peer.transport == 'QUIC')")
+        .message("must not have transport QUIC unless tls.keyExchange is RequireHybrid: QUIC does not tell what was agreed on, and is known to be hybrid only where nothing else is offered")
+        .field_path(".peers.static")
+        .reason(Reason::FieldValueInvalid),
+    validation = Rule::new("!has(self.peers.static) || self.replicas + size(self.peers.static) <= 65")
+        .message("must not be more than 64 together with the other replicas")
+        .field_path(".peers.static")
+        .reason(Reason::FieldValueInvalid),
+    validation = Rule::new("!has(self.transports.tor.port) || self.transports.tor.port != self.transports.tcp.port")
+        .message("must differ from transports.tcp.port")
+        .field_path(".transports.tor.port")
         .reason(Reason::FieldValueInvalid)
 )]
 #[serde(rename_all = "camelCase")]
@@ -117,7 +142,7 @@ pub struct OverlayNodeSpec {
     /// What the mesh may carry.
     #[serde(default)]
     pub auth: Auth,
-    /// How the daemons hold sessions with one another.
+    /// How the daemons hold sessions with one another, and with whom else.
     #[serde(default)]
     pub peers: Peers,
     /// Caps of each daemon, changed without a restart. One request is a frame that expects an
@@ -184,6 +209,8 @@ pub struct Transports {
     pub tcp: Tcp,
     /// QUIC, besides.
     pub quic: Quic,
+    /// Tor, besides.
+    pub tor: Tor,
 }
 
 /// TLS over TCP.
@@ -213,6 +240,11 @@ pub struct Peers {
     /// Over what they dial one another; changed without a restart, for new sessions. QUIC takes
     /// transports.quic.enabled.
     pub transport: PeerTransport,
+    /// Peers of every replica besides the others, changed without a restart. They list the replicas
+    /// too.
+    #[serde(rename = "static", skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "peers::static_peers")]
+    pub fixed: Vec<StaticPeer>,
 }
 
 /// Over what a daemon dials another.
@@ -225,6 +257,8 @@ pub enum PeerTransport {
     /// QUIC over UDP.
     #[serde(rename = "QUIC")]
     Quic,
+    /// TLS over TCP over Tor.
+    Tor,
 }
 
 /// Session security: TLS 1.3 with certificates on both sides, always.

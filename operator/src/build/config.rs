@@ -7,7 +7,8 @@ use overlay_core::identity::SpiffeId;
 use super::names;
 use super::placement::{PEER_TOKEN, Placement, TOKEN_KEYS};
 use crate::api::{
-    Effective, EffectiveLimits, KeyExchange, LogFormat, LogLevel, OverlayNode, PeerTransport, Profile, Size, TlsSource,
+    self, Effective, EffectiveLimits, KeyExchange, LogFormat, LogLevel, OverlayNode, PeerTransport, Profile, Size,
+    TlsSource,
 };
 
 /// Pods that a rolling change takes away at once.
@@ -34,6 +35,7 @@ pub fn daemon_config(node: &OverlayNode, at: &Placement) -> DaemonConfig {
     let token = config::Token { keys: at.token.join(TOKEN_KEYS), file: at.token.join(PEER_TOKEN) };
     let mut out = DaemonConfig::with_defaults(profile, at.listen, at.admin, tls, token, at.socket.clone());
     out.overlay.listen_quic = spec.transports.quic.enabled.then_some(at.listen_quic);
+    out.tor = tor(&spec.transports.tor, at);
     limits(node, &mut out.overlay);
     gossip(node, &mut out.gossip);
     out.gossip.store_bytes = out.gossip.store_bytes.min(out.overlay.memory_bytes / 2);
@@ -85,6 +87,21 @@ fn limits(node: &OverlayNode, out: &mut config::Overlay) {
     out.idle_timeout_ms = limits.timeouts.idle.as_millis();
 }
 
+/// Tor's settings; its defaults where it is not enabled, and then nobody asks for them.
+fn tor(tor: &api::Tor, at: &Placement) -> config::Tor {
+    if !tor.enabled {
+        return config::Tor::default();
+    }
+    config::Tor {
+        socks: tor.socks_address.clone(),
+        listen: at.listen_tor,
+        handshake_timeout_ms: tor.timeouts.handshake.as_millis(),
+        read_timeout_ms: tor.timeouts.read.as_millis(),
+        write_timeout_ms: tor.timeouts.write.as_millis(),
+        idle_timeout_ms: tor.timeouts.idle.as_millis(),
+    }
+}
+
 fn gossip(node: &OverlayNode, out: &mut config::Gossip) {
     let gossip = &node.spec.gossip;
     out.fanout = gossip.fanout;
@@ -99,15 +116,18 @@ fn gossip(node: &OverlayNode, out: &mut config::Gossip) {
 /// left while a rolling change replaces one, or the change could not go on.
 #[must_use]
 pub fn min_peers(node: &OverlayNode) -> u32 {
-    let peers = names::replicas(node).saturating_sub(1);
+    let fixed = u32::try_from(node.spec.peers.fixed.len()).unwrap_or(u32::MAX);
+    let peers = names::replicas(node).saturating_sub(1).saturating_add(fixed);
     node.spec.readiness.min_peers.min(peers.saturating_sub(MAX_UNAVAILABLE))
 }
 
-/// The peers file of the daemon with `ordinal`: every other replica.
+/// The peers file of the daemon with `ordinal`: every other replica, and those outside, which have
+/// the identity of all, `identity`.
 #[must_use]
 pub fn peers_config(
     node: &OverlayNode,
     ordinal: u32,
+    identity: &SpiffeId,
     identity_of: impl Fn(u32) -> SpiffeId,
     address_of: impl Fn(u32) -> String,
 ) -> PeersConfig {
@@ -115,12 +135,23 @@ pub fn peers_config(
         name: names::daemon(node, other),
         address: address_of(other),
         identity: identity_of(other),
-        transport: match node.spec.peers.transport {
-            PeerTransport::Tcp => Transport::Tcp,
-            PeerTransport::Quic => Transport::Quic,
-        },
+        transport: transport(node.spec.peers.transport),
     });
-    PeersConfig { format: FORMAT, name: names::daemon(node, ordinal), peers: peers.collect() }
+    let outside = node.spec.peers.fixed.iter().map(|peer| Peer {
+        name: peer.name.clone(),
+        address: peer.address.clone(),
+        identity: identity.clone(),
+        transport: transport(peer.transport.unwrap_or_default()),
+    });
+    PeersConfig { format: FORMAT, name: names::daemon(node, ordinal), peers: peers.chain(outside).collect() }
+}
+
+fn transport(transport: PeerTransport) -> Transport {
+    match transport {
+        PeerTransport::Tcp => Transport::Tcp,
+        PeerTransport::Quic => Transport::Quic,
+        PeerTransport::Tor => Transport::Tor,
+    }
 }
 
 /// What profile and cluster decide, for the status.

@@ -20,6 +20,8 @@ pub const CONTAINER: &str = "overlay-daemon";
 pub const SESSION_PORT: &str = "overlay";
 /// The port name of sessions over QUIC.
 pub const QUIC_PORT: &str = "overlay-quic";
+/// The port name of what an onion service forwards.
+pub const TOR_PORT: &str = "overlay-tor";
 /// The port name of admin HTTP.
 pub const ADMIN_PORT: &str = "overlay-admin";
 /// The shared configuration file.
@@ -106,7 +108,7 @@ pub fn peers_file(daemon: &str) -> String {
 #[must_use]
 pub fn pod_address(node: &OverlayNode, ordinal: u32) -> String {
     let port = match node.spec.peers.transport {
-        PeerTransport::Tcp => node.spec.transports.tcp.port,
+        PeerTransport::Tcp | PeerTransport::Tor => node.spec.transports.tcp.port,
         PeerTransport::Quic => node.spec.transports.quic.port,
     };
     format!("{}.{}.{}.svc:{port}", daemon(node, ordinal), peers_service(node), namespace(node))

@@ -227,6 +227,7 @@ fn service(inputs: &Inputs<'_>, name: String, headless: bool) -> Service {
     };
     let mut ports = vec![port(names::SESSION_PORT, "TCP", inputs.config.overlay.listen.port())];
     ports.extend(inputs.config.overlay.listen_quic.map(|quic| port(names::QUIC_PORT, "UDP", quic.port())));
+    ports.extend(inputs.config.tor.listen.map(|tor| port(names::TOR_PORT, "TCP", tor.port())));
     if headless {
         ports.push(port(names::ADMIN_PORT, "TCP", inputs.config.observability.metrics.port()));
     }

@@ -44,6 +44,8 @@ pub struct Placement {
     pub listen: SocketAddr,
     /// Where QUIC sessions are accepted, if they are.
     pub listen_quic: SocketAddr,
+    /// Where an onion service forwards to, if not to `listen`.
+    pub listen_tor: Option<SocketAddr>,
     /// Where admin HTTP is served.
     pub admin: SocketAddr,
     /// The leaf certificate.
@@ -71,6 +73,7 @@ impl Placement {
         Self {
             listen: any(node.spec.transports.tcp.port),
             listen_quic: any(node.spec.transports.quic.port),
+            listen_tor: node.spec.transports.tor.port.map(any),
             admin: any(ADMIN_PORT),
             certificate: tls.join(certificate),
             key: tls.join(key),
@@ -87,6 +90,7 @@ impl Placement {
         Self {
             listen,
             listen_quic: listen,
+            listen_tor: None,
             admin,
             certificate: trust.join(TLS_CERTIFICATE),
             key: trust.join(TLS_KEY),

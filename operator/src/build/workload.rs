@@ -143,6 +143,7 @@ fn container(inputs: &Inputs<'_>) -> Container {
     };
     let mut ports = vec![port(names::SESSION_PORT, "TCP", inputs.config.overlay.listen.port())];
     ports.extend(inputs.config.overlay.listen_quic.map(|quic| port(names::QUIC_PORT, "UDP", quic.port())));
+    ports.extend(inputs.config.tor.listen.map(|tor| port(names::TOR_PORT, "TCP", tor.port())));
     ports.push(port(names::ADMIN_PORT, "TCP", inputs.config.observability.metrics.port()));
     Container {
         name: text(names::CONTAINER),

@@ -126,6 +126,7 @@ fn daemon(
     let peers = build::peers_config(
         node,
         ordinal,
+        identity,
         |_| identity.clone(),
         |other| {
             // Ordinals are those of `addresses`; another one has no address to give.

@@ -188,7 +188,7 @@ fn validate(
     let identities: Vec<SpiffeId> = identities.collect::<Result<_, _>>().map_err(|e| invalid(&e))?;
     let identity_of = |ordinal: u32| identities.get(ordinal as usize).unwrap_or(&identity).clone();
     let address = |ordinal| names::pod_address(node, ordinal);
-    let peers = ordinals.map(|ordinal| build::peers_config(node, ordinal, identity_of, address)).collect();
+    let peers = ordinals.map(|ordinal| build::peers_config(node, ordinal, &identity, identity_of, address)).collect();
     Ok(Valid {
         uid: node.uid().unwrap_or_default(),
         identity,

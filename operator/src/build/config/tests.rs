@@ -4,7 +4,7 @@ use kube::core::ObjectMeta;
 use overlay_core::identity::TenantId;
 
 use super::*;
-use crate::api::{Duration, Gossip, OverlayNodeSpec, PeerTransport, Quic};
+use crate::api::{Duration, Gossip, OverlayNodeSpec, PeerTransport, Quic, StaticPeer, Tor};
 
 fn node(edit: impl FnOnce(&mut OverlayNodeSpec)) -> OverlayNode {
     let mut spec = OverlayNodeSpec::default();
@@ -129,17 +129,17 @@ fn min_peers_leaves_room_for_one_that_is_replaced() {
 fn everyone_is_everyone_elses_peer() {
     let node = node(|spec| spec.replicas = 3);
     let id = names::identity(&node, "overlay.local").unwrap();
-    let got = peers_config(&node, 1, |_| id.clone(), |other| names::pod_address(&node, other));
+    let got = peers_config(&node, 1, &id, |_| id.clone(), |other| names::pod_address(&node, other));
     assert_eq!(got.name, "mesh-1");
     let peers: Vec<_> = got.peers.iter().map(|p| (p.name.as_str(), p.address.as_str())).collect();
     assert_eq!(peers, [("mesh-0", "mesh-0.mesh-peers.prod.svc:9500"), ("mesh-2", "mesh-2.mesh-peers.prod.svc:9500"),]);
     assert!(got.peers.iter().all(|p| p.identity.as_str() == "spiffe://overlay.local/ns/prod/overlaynode/mesh"));
 
-    let alone = peers_config(&self::node(|spec| spec.replicas = 1), 0, |_| unreachable!(), |_| unreachable!());
+    let alone = peers_config(&self::node(|spec| spec.replicas = 1), 0, &id, |_| unreachable!(), |_| unreachable!());
     assert!(alone.peers.is_empty());
 
     let pod = |other| id.pod(&names::daemon(&node, other)).unwrap();
-    let got = peers_config(&node, 1, pod, |other| names::pod_address(&node, other));
+    let got = peers_config(&node, 1, &id, pod, |other| names::pod_address(&node, other));
     assert!(got.peers.iter().all(|p| p.identity.as_str() == format!("{id}/pod/{}", p.name)));
 }
 
@@ -153,13 +153,64 @@ fn peers_over_quic_are_dialled_at_its_port() {
         spec.peers.transport = PeerTransport::Quic;
     });
     let id = names::identity(&node, "overlay.local").unwrap();
-    let got = peers_config(&node, 0, |_| id.clone(), |other| names::pod_address(&node, other));
+    let got = peers_config(&node, 0, &id, |_| id.clone(), |other| names::pod_address(&node, other));
     let got: Vec<_> = got.peers.iter().map(|p| (p.address.as_str(), p.transport)).collect();
     assert_eq!(got, [("mesh-1.mesh-peers.prod.svc:9600", Transport::Quic)]);
     let config = daemon_config(&node, &Placement::pod(&node, TlsSource::SelfManaged)).overlay;
     assert_eq!(config.listen.to_string(), "0.0.0.0:9500");
     assert_eq!(config.listen_quic.map(|quic| quic.to_string()), Some("0.0.0.0:9600".to_owned()));
     assert_eq!(self::config(|spec| spec.transports.quic.port = 7).overlay.listen_quic, None);
+}
+
+/// Who is no replica is every replica's peer, of the same identity whatever the replicas' own; Tor
+/// is set up where it is enabled, and then as the spec has it.
+#[test]
+fn static_peers_and_tor() {
+    let onion = "bbcmkwiazzvvvzqasb2i3nzlmxtj6ydzzmqzhzgj5kszhd42ee4dcyad.onion:9500";
+    let peer =
+        |name: &str, address: &str, transport| StaticPeer { name: name.into(), address: address.into(), transport };
+    let spec = |spec: &mut OverlayNodeSpec| {
+        spec.replicas = 2;
+        spec.peers.transport = PeerTransport::Quic;
+        spec.peers.fixed = vec![peer("far", onion, Some(PeerTransport::Tor)), peer("near", "[::1]:9500", None)];
+        spec.transports.tor =
+            Tor { enabled: true, socks_address: "tor:9050".into(), port: Some(9501), ..Tor::default() };
+        spec.transports.tor.timeouts.handshake = Duration::from_secs(90);
+        spec.readiness.min_peers = 9;
+    };
+    let node = node(spec);
+    let id = names::identity(&node, "overlay.local").unwrap();
+    let pod = |other| id.pod(&names::daemon(&node, other)).unwrap();
+    for ordinal in 0..2 {
+        let got = peers_config(&node, ordinal, &id, pod, |other| names::pod_address(&node, other)).peers;
+        let of = |at: usize| (got[at].name.as_str(), got[at].address.as_str(), got[at].transport);
+        assert_eq!(
+            (got.len(), of(1), of(2)),
+            (3, ("far", onion, Transport::Tor), ("near", "[::1]:9500", Transport::Tcp))
+        );
+        assert!(got[1].identity == id && got[2].identity == id && got[0].identity != id);
+    }
+    assert_eq!(min_peers(&node), 2, "one of the three may be replaced");
+
+    let tor = config(spec).tor;
+    assert_eq!(
+        (tor.socks.as_str(), tor.listen.map(|at| at.to_string())),
+        ("tor:9050", Some("0.0.0.0:9501".to_owned()))
+    );
+    assert_eq!((tor.handshake_timeout_ms, tor.idle_timeout_ms), (90_000, 30_000));
+    assert_eq!(
+        config(|spec| spec.transports.tor.enabled = true).tor,
+        config::Tor::default(),
+        "defaults are the daemon's"
+    );
+    assert_eq!(config(|spec| spec.transports.tor.port = Some(9501)).tor, config::Tor::default(), "not enabled");
+    let at = Placement::local(
+        Path::new("/r"),
+        Path::new("/t"),
+        "127.0.0.1:1".parse().unwrap(),
+        "127.0.0.1:2".parse().unwrap(),
+    );
+    assert_eq!(daemon_config(&node, &at).tor.listen, None);
 }
 
 #[test]

@@ -31,7 +31,7 @@ fn build_with(node: &OverlayNode, leaf: LeafSecret) -> Result<Objects, BuildErro
     let config = daemon_config(node, &Placement::pod(node, source));
     let replicas = u32::try_from(node.spec.replicas).unwrap();
     let peers: Vec<_> =
-        (0..replicas).map(|n| peers_config(node, n, |_| id.clone(), |m| names::pod_address(node, m))).collect();
+        (0..replicas).map(|n| peers_config(node, n, &id, |_| id.clone(), |m| names::pod_address(node, m))).collect();
     let some = |text: &str| text.as_bytes().to_vec();
     let credentials = Credentials {
         leaf,
@@ -107,10 +107,16 @@ fn services() {
     assert_eq!(spec(&o.peers), peers);
 }
 
-/// QUIC is UDP, and may have the number that TCP has.
+/// QUIC is UDP, and may have the number that TCP has; what an onion service forwards has a port of
+/// its own.
 #[test]
-fn ports_of_quic() {
-    let o = build(&node(|spec| spec.transports.quic.enabled = true)).unwrap();
+fn ports_of_quic_and_tor() {
+    let o = build(&node(|spec| {
+        spec.transports.quic.enabled = true;
+        spec.transports.tor.enabled = true;
+        spec.transports.tor.port = Some(9501);
+    }))
+    .unwrap();
     let ports = |spec: Value| {
         let ports = spec.as_array().unwrap().clone();
         ports
@@ -127,11 +133,12 @@ fn ports_of_quic() {
     };
     let (tcp, quic, admin) =
         ("\"overlay\" \"TCP\" 9500", "\"overlay-quic\" \"UDP\" 9500", "\"overlay-admin\" \"TCP\" 9600");
+    let tor = "\"overlay-tor\" \"TCP\" 9501";
     let service = |service: &Service| ports(serde_json::to_value(&service.spec).unwrap()["ports"].clone());
-    assert_eq!(service(&o.client), [tcp, quic]);
-    assert_eq!(service(&o.peers), [tcp, quic, admin]);
+    assert_eq!(service(&o.client), [tcp, quic, tor]);
+    assert_eq!(service(&o.peers), [tcp, quic, tor, admin]);
     let set = serde_json::to_value(&o.stateful_set).unwrap();
-    assert_eq!(ports(set["spec"]["template"]["spec"]["containers"][0]["ports"].clone()), [tcp, quic, admin]);
+    assert_eq!(ports(set["spec"]["template"]["spec"]["containers"][0]["ports"].clone()), [tcp, quic, tor, admin]);
 }
 
 #[test]
@@ -290,7 +297,7 @@ fn too_much_configuration() {
     let mut big = node.clone();
     big.spec.replicas = 64;
     let peers: Vec<_> =
-        (0..64).map(|n| peers_config(&big, n, |_| id.clone(), |m| names::pod_address(&big, m))).collect();
+        (0..64).map(|n| peers_config(&big, n, &id, |_| id.clone(), |m| names::pod_address(&big, m))).collect();
     let source = TlsSource::PodCertificate;
     let config = daemon_config(&big, &Placement::pod(&big, source));
     let credentials = Credentials::default();

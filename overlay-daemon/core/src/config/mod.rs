@@ -283,24 +283,6 @@ impl DaemonConfig {
         }
     }
 
-    /// The transports by which sessions are accepted.
-    #[must_use]
-    pub fn accepts(&self) -> Vec<Transport> {
-        let quic = self.overlay.listen_quic.map(|_| Transport::Quic);
-        let tor = self.tor.listen.map(|_| Transport::Tor);
-        [Some(Transport::Tcp), quic, tor].into_iter().flatten().collect()
-    }
-
-    /// For how long, in milliseconds, no byte either way ends a session; no transport is the Unix
-    /// socket.
-    #[must_use]
-    pub fn idle_ms(&self, transport: Option<Transport>) -> u64 {
-        match transport {
-            Some(Transport::Tor) => self.tor.idle_timeout_ms,
-            Some(Transport::Tcp | Transport::Quic) | None => self.overlay.idle_timeout_ms,
-        }
-    }
-
     /// The file's text. [`daemon`] reads it back to an equal value.
     ///
     /// # Errors

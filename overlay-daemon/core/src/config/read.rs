@@ -7,15 +7,17 @@ use std::str::FromStr;
 
 use super::{
     DaemonConfig, Drain, FORMAT, Gossip, KeyExchange, LogFormat, LogLevel, MAX_PEERS, Observability, Overlay, Peer,
-    PeersConfig, Profile, Readiness, Tls, Token, Tor, Transport, Unix, transport,
+    PeersConfig, Profile, Readiness, Tls, Token, Transport, Unix,
 };
 use crate::compress::MAX_RATIO;
 use crate::identity::{SpiffeId, TenantId};
 
 mod table;
+mod transports;
 
 pub use table::ConfigError;
 use table::{Errors, Table};
+use transports::{onion, tor};
 
 /// Where admin HTTP is served if the file does not say (C-6).
 const DEFAULT_METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9600);
@@ -122,20 +124,6 @@ pub fn peers_beside(text: &str, daemon: Option<&DaemonConfig>) -> Result<PeersCo
     errors.finish(config)
 }
 
-/// An onion service's address is whole, and goes with Tor alone.
-fn onion(table: &Table<'_, '_>, address: &str, transport: Transport, e: &mut Errors<'_>) {
-    if !transport::is_onion(address) {
-        return;
-    }
-    if transport != Transport::Tor {
-        table.broken_rule("transport", format!("must be Tor, by which alone {address} is reached"), e);
-    }
-    if !transport::is_valid_onion(address) {
-        let message = "must name an onion service of version 3: 56 of a-z and 2-7, the last a d, before .onion";
-        table.broken_rule("address", message, e);
-    }
-}
-
 const HOST_PORT: &str = "HOST:PORT";
 const NAME: &str = "1 to 63 of a-z, 0-9, '.' and '-', beginning and ending with a letter or digit";
 const IDENTITY: &str = "spiffe://TRUST-DOMAIN/ns/NAMESPACE/overlaynode/NAME, optionally followed by /pod/POD";
@@ -187,37 +175,6 @@ fn overlay(mut t: Table<'_, '_>, e: &mut Errors<'_>) -> Option<Overlay> {
         per_peer_inflight: per_peer_inflight?,
         per_peer_rps: per_peer_rps?,
         decompression_ratio: decompression_ratio?,
-        handshake_timeout_ms: handshake_timeout_ms?,
-        read_timeout_ms: read_timeout_ms?,
-        write_timeout_ms: write_timeout_ms?,
-        idle_timeout_ms: idle_timeout_ms?,
-    })
-}
-
-/// Reads `[tor]`. `taken` are the addresses that something else listens on.
-fn tor(mut t: Table<'_, '_>, taken: [(&str, Option<SocketAddr>); 2], e: &mut Errors<'_>) -> Option<Tor> {
-    let d = Tor::default();
-    let socks = t.parsed("socks", HOST_PORT, Some(Address(d.socks)), e).map(|Address(address)| address);
-    if socks.as_deref().is_some_and(transport::is_onion) {
-        t.broken_rule("socks", "must be where a SOCKS5 proxy listens, which no onion service is", e);
-    }
-    let listen = t.optional::<SocketAddr>("listen", SOCKET_ADDRESS, e);
-    for (field, address) in taken {
-        if let (Some(Some(listen)), Some(address)) = (listen, address)
-            && listen == address
-            && listen.port() != 0
-        {
-            t.broken_rule("listen", format!("must differ from {field}"), e);
-        }
-    }
-    let handshake_timeout_ms = t.integer("handshake_timeout_ms", 100..=600_000, d.handshake_timeout_ms, e);
-    let read_timeout_ms = t.integer("read_timeout_ms", 100..=600_000, d.read_timeout_ms, e);
-    let write_timeout_ms = t.integer("write_timeout_ms", 100..=600_000, d.write_timeout_ms, e);
-    let idle_timeout_ms = t.integer("idle_timeout_ms", 300..=3_600_000, d.idle_timeout_ms, e);
-    t.finish(e);
-    Some(Tor {
-        socks: socks?,
-        listen: listen?,
         handshake_timeout_ms: handshake_timeout_ms?,
         read_timeout_ms: read_timeout_ms?,
         write_timeout_ms: write_timeout_ms?,

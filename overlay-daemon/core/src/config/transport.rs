@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 
 use serde::Serialize;
 
+use super::DaemonConfig;
+
 /// What carries a session between daemons.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum Transport {
@@ -74,6 +76,35 @@ impl Default for Tor {
             read_timeout_ms: 15_000,
             write_timeout_ms: 15_000,
             idle_timeout_ms: 30_000,
+        }
+    }
+}
+
+impl DaemonConfig {
+    /// The transports by which sessions are accepted.
+    #[must_use]
+    pub fn accepts(&self) -> Vec<Transport> {
+        let quic = self.overlay.listen_quic.map(|_| Transport::Quic);
+        let tor = self.tor.listen.map(|_| Transport::Tor);
+        [Some(Transport::Tcp), quic, tor].into_iter().flatten().collect()
+    }
+
+    /// For how long, in milliseconds, no byte either way ends a session; no transport is the Unix
+    /// socket.
+    #[must_use]
+    pub fn idle_ms(&self, transport: Option<Transport>) -> u64 {
+        match transport {
+            Some(Transport::Tor) => self.tor.idle_timeout_ms,
+            Some(Transport::Tcp | Transport::Quic) | None => self.overlay.idle_timeout_ms,
+        }
+    }
+
+    /// The same of a frame's first byte to its last, and of an upload's chunk to the next.
+    #[must_use]
+    pub fn read_ms(&self, transport: Option<Transport>) -> u64 {
+        match transport {
+            Some(Transport::Tor) => self.tor.read_timeout_ms,
+            Some(Transport::Tcp | Transport::Quic) | None => self.overlay.read_timeout_ms,
         }
     }
 }

@@ -217,16 +217,18 @@ impl Node {
     /// An upload whose next chunk does not come is refused: it holds memory, and a place among
     /// the requests in flight that others wait for.
     pub(super) fn refuse_stalled_uploads(&mut self, now: Millis) {
-        let patience = self.config.overlay.read_timeout_ms;
-        let is_stalled = |upload: &Upload| match upload {
+        let is_stalled = |upload: &Upload, patience| match upload {
             Upload::Open { hash, size, progress, .. } if now.since(*progress) >= patience => Some((*hash, *size)),
             Upload::Open { .. } | Upload::Refused { .. } | Upload::None => None,
         };
         let mut stalled = Vec::new();
         for (id, entry) in self.sessions.iter().filter(|(_, entry)| entry.quota.inflight() > 0) {
+            let patience = self.config.read_ms(entry.transport);
             for (corr_id, stream) in entry.session.streams() {
                 if let Kind::Publish { upload, .. } = &stream.kind {
-                    stalled.extend(is_stalled(upload).map(|(hash, size)| (*id, corr_id, stream.tenant, hash, size)));
+                    stalled.extend(
+                        is_stalled(upload, patience).map(|(hash, size)| (*id, corr_id, stream.tenant, hash, size)),
+                    );
                 }
             }
         }

@@ -9,6 +9,7 @@ mod exhaustion;
 mod framing;
 mod handshake;
 mod probe;
+mod quic;
 mod sessions;
 mod shutdown;
 mod target;

@@ -5,7 +5,9 @@
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -24,8 +26,8 @@ const TAG: usize = 16;
 const SAMPLE: usize = 16;
 /// The client's name for the connection.
 const OWN: [u8; 8] = *b"attacker";
-/// The first name of the daemon, which a client makes up.
-const FIRST: [u8; 8] = *b"madeup!!";
+/// What the daemon is called first is made up by each client, another one each time.
+static MADE_UP: AtomicU64 = AtomicU64::new(0x6d61_6465_7570_0000);
 
 /// The kinds of packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,8 +67,9 @@ pub struct Attacker {
     /// From a Retry.
     pub token: Vec<u8>,
     numbers: BTreeMap<Level, u64>,
-    /// The highest number that came, by level.
-    heard: BTreeMap<Level, u64>,
+    /// The numbers that came last without a gap, by level. The daemon leaves some out, and closes
+    /// on whoever acknowledges those.
+    heard: BTreeMap<Level, RangeInclusive<u64>>,
     said: BTreeMap<Level, u64>,
     hearing: BTreeMap<Level, (u64, BTreeMap<u64, Vec<u8>>)>,
     stream: (u64, BTreeMap<u64, Vec<u8>>),
@@ -114,7 +117,7 @@ impl Attacker {
             socket,
             tls,
             keys: BTreeMap::new(),
-            daemon: FIRST.to_vec(),
+            daemon: MADE_UP.fetch_add(1, Ordering::Relaxed).to_be_bytes().to_vec(),
             token: Vec::new(),
             numbers: BTreeMap::new(),
             heard: BTreeMap::new(),
@@ -321,9 +324,17 @@ impl Attacker {
         let length = usize::from(front[0] & 3) + 1;
         let number = number[..length].iter().fold(0, |number, byte| number << 8 | u64::from(*byte));
         let (header, payload) = packet.split_at_mut(at + length);
-        let frames = keys.packet.decrypt_in_place(number, header, payload)?.to_vec();
-        let heard = self.heard.entry(level).or_default();
-        *heard = number.max(*heard);
+        // What is not of this connection any more: a reset, say.
+        let Ok(frames) = keys.packet.decrypt_in_place(number, header, payload).map(<[u8]>::to_vec) else {
+            came.push(Came::Other);
+            return Ok(end);
+        };
+        let last = self.heard.entry(level).or_insert(number..=number);
+        if number == last.end() + 1 {
+            *last = *last.start()..=number;
+        } else if number > *last.end() {
+            *last = number..=number;
+        }
         self.frames(level, &frames, came)?;
         Ok(end)
     }
@@ -397,17 +408,16 @@ impl Attacker {
         }
     }
 
-    /// Acknowledges all that came at a level.
+    /// Acknowledges what came last at a level.
     ///
     /// # Errors
     /// As [`Self::send`].
     pub fn acknowledge(&mut self, level: Level) -> Result<()> {
-        let Some(heard) = self.heard.get(&level).copied() else { return Ok(()) };
+        let Some(last) = self.heard.get(&level) else { return Ok(()) };
         let mut frame = vec![0x02];
-        varint(&mut frame, heard);
-        varint(&mut frame, 0);
-        varint(&mut frame, 0);
-        varint(&mut frame, heard);
+        for number in [*last.end(), 0, 0, last.end() - last.start()] {
+            varint(&mut frame, number);
+        }
         let datagram = self.datagram(level, frame)?;
         self.send(&datagram)
     }

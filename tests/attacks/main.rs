@@ -10,6 +10,7 @@ mod exhaustion;
 mod framing;
 mod handshake;
 mod probe;
+mod quic;
 mod sessions;
 mod shutdown;
 mod target;

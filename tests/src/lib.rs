@@ -10,6 +10,7 @@ pub mod http;
 pub mod kubectl;
 pub mod oap;
 pub mod operator;
+pub mod packets;
 pub mod process;
 pub mod profile;
 pub mod programs;

@@ -6,49 +6,40 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
+use super::Descriptor;
+
 /// The silent connections of one listener, oldest first. Full: the oldest is told to close.
-/// `D` is what each of them costs: a descriptor, or nothing.
-pub(super) struct Pending<D>(Arc<Mutex<Waiting<D>>>);
+#[derive(Clone, Default)]
+pub(super) struct Pending(Arc<Mutex<Waiting>>);
 
-impl<D> Clone for Pending<D> {
-    fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
-    }
-}
-
-impl<D> Default for Pending<D> {
-    fn default() -> Self {
-        Self(Arc::new(Mutex::new(Waiting { next: 0, oldest_first: BTreeMap::new() })))
-    }
-}
-
-struct Waiting<D> {
+#[derive(Default)]
+struct Waiting {
     next: u64,
-    oldest_first: BTreeMap<u64, Seat<D>>,
+    oldest_first: BTreeMap<u64, Seat>,
 }
 
-struct Seat<D> {
+struct Seat {
     /// Dropping it tells the connection to close.
     _keep: oneshot::Sender<()>,
-    descriptor: D,
+    descriptor: Descriptor,
 }
 
 /// One place among them, given back when it is dropped.
-pub(super) struct Place<D> {
-    pending: Pending<D>,
+pub(super) struct Place {
+    pending: Pending,
     number: u64,
     evicted: oneshot::Receiver<()>,
 }
 
-impl<D> Pending<D> {
-    fn lock(&self) -> MutexGuard<'_, Waiting<D>> {
+impl Pending {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A place for one more connection, at the cost of the oldest if there are `most`, or if no
     /// `descriptor` was left: then it takes over the oldest's. None: nobody is silent, and what
     /// has spoken is not closed for a newcomer.
-    pub(super) fn enter(&self, most: usize, descriptor: Option<D>) -> Option<Place<D>> {
+    pub(super) fn enter(&self, most: usize, descriptor: Option<Descriptor>) -> Option<Place> {
         let (keep, evicted) = oneshot::channel();
         let mut waiting = self.lock();
         let mut oldest = || waiting.oldest_first.pop_first().map(|(_, seat)| seat.descriptor);
@@ -63,18 +54,13 @@ impl<D> Pending<D> {
         Some(Place { pending: self.clone(), number, evicted })
     }
 
-    /// Has the oldest close, if there is one.
-    pub(super) fn make_room(&self) {
-        self.lock().oldest_first.pop_first();
-    }
-
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.lock().oldest_first.len()
     }
 }
 
-impl<D> Place<D> {
+impl Place {
     /// Returns once another connection needed the place.
     pub(super) async fn evicted(&mut self) {
         // The sender never sends: this ends when it is dropped.
@@ -82,15 +68,15 @@ impl<D> Place<D> {
     }
 }
 
-impl<D> Place<D> {
+impl Place {
     /// Its connection has spoken: it takes its descriptor along. None where it was evicted at the
     /// same time.
-    pub(super) fn leave(self) -> Option<D> {
+    pub(super) fn leave(self) -> Option<Descriptor> {
         self.pending.lock().oldest_first.remove(&self.number).map(|seat| seat.descriptor)
     }
 }
 
-impl<D> Drop for Place<D> {
+impl Drop for Place {
     fn drop(&mut self) {
         self.pending.lock().oldest_first.remove(&self.number);
     }

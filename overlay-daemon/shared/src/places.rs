@@ -51,12 +51,6 @@ impl<N, T> Places<N, T> {
         Some(Place { all: self.clone(), number })
     }
 
-    /// Takes the oldest place from who has it, if anybody has one.
-    pub fn evict_oldest(&self) {
-        let evicted = lock(&self.0).oldest_first.pop_first();
-        drop(evicted); // as above
-    }
-
     /// How many are taken.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -4,41 +4,27 @@
 use overlay_shared::Places;
 use tokio::sync::oneshot;
 
+use super::Descriptor;
+
 /// The silent connections of one listener, oldest first. Full: the oldest is told to close, by
-/// dropping what it waits for. `D` is what each of them costs: a descriptor, or nothing.
-pub(super) struct Pending<D>(Places<oneshot::Sender<()>, D>);
-
-impl<D> Clone for Pending<D> {
-    fn clone(&self) -> Self {
-        Self(self.0.clone())
-    }
-}
-
-impl<D> Default for Pending<D> {
-    fn default() -> Self {
-        Self(Places::default())
-    }
-}
+/// dropping what it waits for.
+#[derive(Clone, Default)]
+pub(super) struct Pending(Places<oneshot::Sender<()>, Descriptor>);
 
 /// One place among them, given back when it is dropped.
-pub(super) struct Place<D> {
-    place: overlay_shared::Place<oneshot::Sender<()>, D>,
+pub(super) struct Place {
+    place: overlay_shared::Place<oneshot::Sender<()>, Descriptor>,
     evicted: oneshot::Receiver<()>,
 }
 
-impl<D> Pending<D> {
+impl Pending {
     /// A place for one more connection, at the cost of the oldest if there are `most`, or if no
     /// `descriptor` was left: then it takes over the oldest's. None: nobody is silent, and what
     /// has spoken is not closed for a newcomer.
-    pub(super) fn enter(&self, most: usize, descriptor: Option<D>) -> Option<Place<D>> {
+    pub(super) fn enter(&self, most: usize, descriptor: Option<Descriptor>) -> Option<Place> {
         let (keep, evicted) = oneshot::channel();
         let place = self.0.enter(most, keep, descriptor)?;
         Some(Place { place, evicted })
-    }
-
-    /// Has the oldest close, if there is one.
-    pub(super) fn make_room(&self) {
-        self.0.evict_oldest();
     }
 
     #[cfg(test)]
@@ -47,7 +33,7 @@ impl<D> Pending<D> {
     }
 }
 
-impl<D> Place<D> {
+impl Place {
     /// Returns once another connection needed the place.
     pub(super) async fn evicted(&mut self) {
         // The sender never sends: this ends when it is dropped.
@@ -56,7 +42,7 @@ impl<D> Place<D> {
 
     /// Its connection has spoken: it takes its descriptor along. None where it was evicted at the
     /// same time.
-    pub(super) fn leave(self) -> Option<D> {
+    pub(super) fn leave(self) -> Option<Descriptor> {
         self.place.leave()
     }
 }

@@ -549,7 +549,8 @@ impl Node {
 
     /// Answers with a refusal. `end` closes the stream.
     fn refuse(&mut self, id: SessionId, to: &Frame, refusal: &Refusal, end: bool) {
-        self.count_useless(id);
+        let frames = if to.flags.has(Flags::START) { FRAMES_PER_START } else { 1 };
+        (0..frames).for_each(|_| self.count_useless(id));
         self.outputs.push_back(Output::Rejected(refusal.status.reason()));
         let frame = Frame::response(to, refusal.status.code(), end, refusal.body(to.corr_id));
         self.push(id, Class::Control, frame);

@@ -5,6 +5,7 @@
 //! | what | counted as | where it is bounded |
 //! | --- | --- | --- |
 //! | a session | [`SESSION_BYTES`] | refused at HELLO once the budget is used up |
+//! | a stream that the other side opened | [`STREAM_BYTES`]; for each topic of a subscription [`TOPIC_BYTES`] and its name twice | refused at its START |
 //! | a queued frame | [`FRAME_BYTES`]; its own payload too where it answers | `lanes` |
 //! | what a writer has | its bytes encoded, at most [`WRITE_BYTES`] | `Lanes::take` |
 //! | an upload under way | the size that it announced | refused at its Begin |
@@ -23,6 +24,11 @@ use crate::admission::percent;
 
 /// A session at rest: its tasks, TLS state and maps. A bare rustls session keeps about 18 KiB.
 pub const SESSION_BYTES: u64 = 16 * 1024;
+/// An open stream: its place in the tables, its grant, its lease.
+pub const STREAM_BYTES: u64 = 512;
+/// A topic of a subscription besides its name, which stands in the stream and in the table by
+/// which messages find their subscribers.
+pub const TOPIC_BYTES: u64 = 256;
 /// A queued frame besides its payload: the frame itself, and its part of the queue's spare room.
 pub const FRAME_BYTES: u64 = 2 * size_of::<crate::frame::Frame>() as u64;
 /// Bytes that a writer encodes at a time; a larger frame goes alone.

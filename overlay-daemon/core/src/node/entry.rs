@@ -17,7 +17,7 @@ use crate::gossip::{LinkId, Outlet};
 use crate::grant::{Grant, Holder};
 use crate::identity::{SpiffeId, TenantId, Topic};
 use crate::lanes::{Class, Lanes};
-use crate::memory::{Budget, FRAME_BYTES, SESSION_BYTES, WRITE_BYTES};
+use crate::memory::{Budget, FRAME_BYTES, SESSION_BYTES, STREAM_BYTES, TOPIC_BYTES, WRITE_BYTES};
 use crate::record::Digest;
 use crate::session::Session;
 use crate::status::Refusal;
@@ -66,6 +66,21 @@ pub(super) enum Kind {
     },
 }
 
+impl Kind {
+    /// Bytes that the account holds for a stream that the other side opened.
+    pub(super) fn cost(&self) -> u64 {
+        let name = |topic: &Topic| topic.as_str().len() as u64;
+        match self {
+            Self::Publish { topic, .. } => STREAM_BYTES + name(topic),
+            Self::Subscribe { topics, .. } => {
+                STREAM_BYTES + topics.iter().map(|topic| TOPIC_BYTES + 2 * name(topic)).sum::<u64>()
+            }
+            Self::GossipIn => STREAM_BYTES,
+            Self::GossipOut { .. } => 0, // ours: one a tenant
+        }
+    }
+}
+
 /// A publisher's chunked message.
 #[derive(Debug)]
 pub(super) enum Upload {
@@ -111,6 +126,8 @@ pub(super) struct Entry {
     /// Bytes: of what its writer has, and of its uploads under way.
     pub(super) writing: u64,
     pub(super) uploading: u64,
+    /// Bytes of the streams that it opened.
+    pub(super) opened: u64,
     /// Bytes that the account holds for it.
     claimed: u64,
     pub(super) deadline: Option<Millis>,
@@ -138,6 +155,7 @@ impl Entry {
             ends: Vec::new(),
             writing: 0,
             uploading: 0,
+            opened: 0,
             claimed: 0,
             deadline: None,
         }
@@ -145,7 +163,7 @@ impl Entry {
 
     /// Brings the account in line with what it holds now.
     pub(super) fn settle(&mut self, memory: &mut Budget) {
-        let holds = SESSION_BYTES + self.lanes.cost() + self.writing + self.uploading;
+        let holds = SESSION_BYTES + self.lanes.cost() + self.writing + self.uploading + self.opened;
         memory.give_back(std::mem::replace(&mut self.claimed, holds));
         memory.claim(holds);
     }

@@ -1,6 +1,7 @@
 //! What a START opens, what later frames of its stream do, and how it ends.
 
 use super::entry::Upload;
+use super::places::NO_MEMORY;
 use super::{Clock, Kind, Node, Output, Party, SessionId};
 use crate::control::{MAX_TOPICS, Open, parse};
 use crate::frame::{AppProto, CHUNK, Flags, Frame};
@@ -19,6 +20,8 @@ impl Node {
             Ok(Some(kind)) => {
                 let ended = start.flags.has(Flags::END);
                 if let Some((entry, lease)) = self.sessions.get_mut(&id).zip(lease).filter(|_| !ended) {
+                    entry.opened += kind.cost();
+                    entry.settle(&mut self.memory);
                     entry.session.open_theirs(start, kind);
                     self.leases.insert(id, start.corr_id, lease, clock);
                 }
@@ -48,8 +51,9 @@ impl Node {
         match (start.app, open) {
             (AppProto::PUBSUB, Open::Publish { topic }) => {
                 grant.permit(Action::Publish, start.tenant, Some(&topic))?;
-                self.admit_write(0)?;
-                Ok(Some(Kind::Publish { topic, grant: Box::new(grant), upload: Upload::None }))
+                let kind = Kind::Publish { topic, grant: Box::new(grant), upload: Upload::None };
+                self.admit_write(kind.cost())?;
+                Ok(Some(kind))
             }
             (AppProto::PUBSUB, Open::Subscribe { topics }) => {
                 if start.flags.has(Flags::END) {
@@ -64,8 +68,12 @@ impl Node {
                 if self.draining {
                     return Err(STOPPING);
                 }
+                let kind = Kind::Subscribe { topics: topics.clone(), missed: 0 };
+                if !self.memory.has_room(self.others(), kind.cost(), 100) {
+                    return Err(NO_MEMORY);
+                }
                 self.subscriptions.add(id, start, &topics);
-                Ok(Some(Kind::Subscribe { topics, missed: 0 }))
+                Ok(Some(kind))
             }
             (AppProto::GOSSIP, Open::Gossip {}) => {
                 grant.permit(Action::Publish, start.tenant, None)?;

@@ -107,7 +107,10 @@ impl Node {
     /// Takes a stream off every table, with what is counted for it.
     pub(super) fn release(&mut self, id: SessionId, corr_id: u64) -> Option<Stream<Kind>> {
         self.leases.remove(id, corr_id);
-        let stream = self.sessions.get_mut(&id)?.session.close_stream(corr_id)?;
+        let entry = self.sessions.get_mut(&id)?;
+        let stream = entry.session.close_stream(corr_id)?;
+        entry.opened = entry.opened.saturating_sub(stream.kind.cost());
+        entry.settle(&mut self.memory);
         match &stream.kind {
             Kind::Subscribe { topics, .. } => self.subscriptions.remove(id, stream.tenant, corr_id, topics),
             // The upload's own answer will not come: the count goes with it.

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::sim::SIGNED_BY;
 use super::*;
 use crate::config::Gossip;
 use crate::frame::{CHUNK, MAX_BODY};
@@ -112,7 +113,10 @@ fn counted(node: &Node) -> u64 {
         });
         open.sum::<u64>()
     };
-    let own = |entry: &Entry| crate::memory::SESSION_BYTES + entry.lanes.cost() + entry.writing + uploads(entry);
+    let streams = |entry: &Entry| entry.session.streams().map(|(_, stream)| stream.kind.cost()).sum::<u64>();
+    let own = |entry: &Entry| {
+        crate::memory::SESSION_BYTES + entry.lanes.cost() + entry.writing + uploads(entry) + streams(entry)
+    };
     node.sessions.values().map(own).sum()
 }
 
@@ -135,6 +139,51 @@ proptest! {
         sim.run(130_000);
         prop_assert_eq!(sim.nodes[0].memory_used(), 0, "and what was held for repair is let go");
     }
+}
+
+/// M1: a subscription takes memory for each topic that it names, so it is counted for each, and
+/// refused where there is none; what ends is given back, and a renewal takes no more.
+#[test]
+fn m1_topics_without_number_are_refused() {
+    let mut sim = Sim::with(1, |config| {
+        small_memory(config);
+        config.overlay.rps = 1_000_000;
+        config.overlay.per_peer_rps = 1_000_000;
+    });
+    let start = |n: u64, of: u64| {
+        let topics = (0..64).map(|topic| format!("{of}-{n}-{topic}-{}", "x".repeat(200)).parse().unwrap()).collect();
+        let open = json(&Open::Subscribe { topics });
+        Frame::new(Flags::REQ | Flags::START, AppProto::PUBSUB, TenantId(0), 3 + 2 * n, open)
+    };
+    let mut clients = Vec::new();
+    let mut refused = 0;
+    for of in 0..20 {
+        let client = sim.client(0);
+        for n in 0..250 {
+            let grant = sim.granted(SIGNED_BY, |claims| claims.topics = vec!["*".into()]);
+            sim.client_says(0, client, start(n, of), Some(grant));
+            sim.run(1); // its answer leaves
+            let node = &sim.nodes[0];
+            assert!(node.memory_used() <= node.config.overlay.memory_bytes + crate::memory::WRITE_BYTES as u64);
+        }
+        sim.run(100);
+        refused += codes(&sim, 0, client).iter().filter(|code| **code == 503).count();
+        clients.push(client);
+    }
+    assert!(refused > 0, "all of them were taken");
+    let used = sim.nodes[0].memory.used();
+    assert_eq!(used, counted(&sim.nodes[0]));
+    let renewal = json(&Open::Renew { stream: 3 });
+    let renewal = Frame::new(Flags::REQ | Flags::START, AppProto::PUBSUB, TenantId(0), 601, renewal);
+    let grant = sim.granted(SIGNED_BY, |claims| claims.topics = vec!["*".into()]);
+    sim.client_says(0, clients[0], renewal, Some(grant));
+    sim.run(5);
+    assert_eq!(sim.nodes[0].memory.used(), used, "a renewal");
+    let end = Frame::new(Flags::REQ | Flags::END, AppProto::PUBSUB, TenantId(0), 601, Bytes::new());
+    sim.client_says(0, clients[0], end, None);
+    sim.run(5);
+    assert!(sim.nodes[0].memory.used() < used - 64 * crate::memory::TOPIC_BYTES);
+    assert_eq!(sim.nodes[0].memory.used(), counted(&sim.nodes[0]));
 }
 
 /// I-5, I-6: many who do not read, and payloads that never repeat: the account stays within its

@@ -2,7 +2,8 @@
 //! are ignored in HELLO (OAP/1) and refused in a START, where a typo would change a meaning.
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::frame::MAX_FRAME;
 use crate::identity::Topic;
@@ -14,6 +15,9 @@ pub const MAX_CONTROL: usize = 16_384;
 pub const MAX_MEMBERS: usize = 256;
 /// Topics that one subscription may list.
 pub const MAX_TOPICS: usize = 64;
+
+/// Bytes of a daemon's name.
+pub const MAX_NAME: usize = 63;
 
 /// The first request of a session, from the side that dialled.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,7 +33,8 @@ pub struct Hello {
 /// What one daemon tells another of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DaemonHello {
-    /// Its configured name.
+    /// Its configured name, at most [`MAX_NAME`] bytes: it is kept for as long as the session.
+    #[serde(deserialize_with = "short_name")]
     pub name: String,
     /// Its incarnation, 16 hexadecimal digits.
     pub incarnation: Incarnation,
@@ -118,6 +123,11 @@ pub enum Open {
     Sessions {},
 }
 
+fn short_name<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    let name = String::deserialize(from)?;
+    if name.len() <= MAX_NAME { Ok(name) } else { Err(D::Error::custom("the name is too long")) }
+}
+
 /// `value` as a control payload.
 #[must_use]
 pub fn json<T: Serialize>(value: &T) -> Bytes {
@@ -171,6 +181,16 @@ mod tests {
         assert!(parse::<Hello>(hello(MAX_MEMBERS - 1).as_bytes()).is_some());
         assert_eq!(parse::<Hello>(hello(MAX_MEMBERS).as_bytes()), None);
         assert!(hello(8_000).len() <= MAX_CONTROL && parse::<Hello>(hello(8_000).as_bytes()).is_none());
+    }
+
+    /// F8: what is kept of a HELLO is short.
+    #[test]
+    fn f8_a_daemons_name_is_bounded() {
+        let hello = |name: usize| {
+            let daemon = format!("{{\"name\":\"{}\",\"incarnation\":\"00000000000000aa\"}}", "n".repeat(name));
+            parse::<Hello>(format!("{{\"daemon\":{daemon}}}").as_bytes())
+        };
+        assert!(hello(MAX_NAME).is_some() && hello(MAX_NAME + 1).is_none());
     }
 
     /// F8: past 16 KiB nothing is parsed, nor is what nests deeper than any payload does.

@@ -23,6 +23,7 @@ use bytes::Bytes;
 use crate::Millis;
 use crate::admission::Quota;
 use crate::backoff::Jitter;
+use crate::budget::FRAMES_PER_START;
 use crate::config::{DaemonConfig, PeersConfig, Places};
 use crate::control::{DaemonHello, Hello, HelloReply, Incarnation};
 use crate::frame::{AppProto, Flags, Frame};
@@ -545,7 +546,8 @@ impl Node {
 
     /// Answers with a refusal. `end` closes the stream.
     fn refuse(&mut self, id: SessionId, to: &Frame, refusal: &Refusal, end: bool) {
-        self.count_useless(id);
+        let frames = if to.flags.has(Flags::START) { FRAMES_PER_START } else { 1 };
+        (0..frames).for_each(|_| self.count_useless(id));
         self.outputs.push_back(Output::Rejected(refusal.status.reason()));
         let frame = Frame::response(to, refusal.status.code(), end, refusal.body(to.corr_id));
         self.push(id, Class::Control, frame);

@@ -441,9 +441,9 @@ impl Node {
 
     /// While it drains: whether every queue is empty, every writer waits, and every message that
     /// was accepted here is with a peer, where there is one to have it. What is not is queued.
-    pub fn poll_drained(&mut self) -> bool {
+    pub fn poll_drained(&mut self, now: Millis) -> bool {
         let (mut wire, engine) = self.wire();
-        let spread = engine.poll_spread(&mut wire);
+        let spread = engine.poll_spread(now, &mut wire);
         let sent = |entry: &Entry| entry.lanes.is_empty() && entry.writer_idle && entry.ends.is_empty();
         spread && self.sessions.values().all(sent)
     }

@@ -170,3 +170,27 @@ fn f8_a_daemons_name_is_bounded() {
         assert_eq!(sim.nodes[0].sessions.len(), sessions, "{len}");
     }
 }
+
+/// S5: the one peer that was pushed what is accepted just before a daemon ends passes nothing on:
+/// the others, who were to hear of it and ask, get it all the same.
+#[test]
+fn s5_a_peer_that_passes_nothing_on_loses_nothing_at_the_end() {
+    let mut sim = Sim::with(3, |config| config.gossip.fanout = 1);
+    sim.dial(0, 1); // first, so pushed to; and it has no other peer to pass anything on to
+    sim.run(100);
+    sim.dial(0, 2);
+    sim.run(500);
+    let (subscriber, publisher) = (sim.subscriber(2), sim.publisher(0));
+    for n in 0..20 {
+        publish(&mut sim, 0, publisher, 1, &Publish::Message(format!("m{n}").into()));
+    }
+    assert_eq!(accepted(&sim, publisher), 0);
+    sim.nodes[0].handle_drain();
+    while !sim.drained(0) {
+        sim.run(1);
+    }
+    sim.nodes[0].handle_finish();
+    sim.run(50);
+    assert_eq!(accepted(&sim, publisher), 20);
+    assert_eq!(texts(&sim.client_frames(2, subscriber)).len(), 20);
+}

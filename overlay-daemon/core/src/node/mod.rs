@@ -212,7 +212,12 @@ impl Node {
     /// HELLO will be refused with a code and a time; false, and nothing done, where too many
     /// wait for that already.
     pub fn handle_open(&mut self, id: SessionId, opening: Opening, now: Millis) -> bool {
-        let turned_away = self.find_place(&opening).err();
+        let mut turned_away = self.find_place(&opening).err();
+        if turned_away.as_ref().is_some_and(|refusal| refusal.status == Status::QuotaExhausted)
+            && self.take_over_place(now)
+        {
+            turned_away = None;
+        }
         if let Some(refusal) = &turned_away
             && (opening.dialled.is_some() || self.turned_away >= places::MAX_TURNED_AWAY)
         {

@@ -217,7 +217,12 @@ impl Node {
     /// HELLO will be refused with a code and a time; false, and nothing done, where too many
     /// wait for that already.
     pub fn handle_open(&mut self, id: SessionId, opening: Opening, now: Millis) -> bool {
-        let turned_away = self.find_place(&opening).err();
+        let mut turned_away = self.find_place(&opening).err();
+        if turned_away.as_ref().is_some_and(|refusal| refusal.status == Status::QuotaExhausted)
+            && self.take_over_place(now)
+        {
+            turned_away = None;
+        }
         if let Some(refusal) = &turned_away
             && (opening.dialled.is_some() || self.turned_away >= places::MAX_TURNED_AWAY)
         {
@@ -455,9 +460,9 @@ impl Node {
 
     /// While it drains: whether every queue is empty, every writer waits, and every message that
     /// was accepted here is with a peer, where there is one to have it. What is not is queued.
-    pub fn poll_drained(&mut self) -> bool {
+    pub fn poll_drained(&mut self, now: Millis) -> bool {
         let (mut wire, engine) = self.wire();
-        let spread = engine.poll_spread(&mut wire);
+        let spread = engine.poll_spread(now, &mut wire);
         let sent = |entry: &Entry| entry.lanes.is_empty() && entry.writer_idle && entry.ends.is_empty();
         spread && self.sessions.values().all(sent)
     }

@@ -102,6 +102,12 @@ impl Sim {
         Clock { now: Millis(self.now), unix_ms: self.unix_zero + self.now }
     }
 
+    /// Whether a node that drains has nothing left.
+    pub(super) fn drained(&mut self, node: usize) -> bool {
+        let now = self.clock().now;
+        self.nodes[node].poll_drained(now)
+    }
+
     fn end(&mut self, node: usize) -> End {
         self.next += 1;
         End { node, session: SessionId(self.next) }

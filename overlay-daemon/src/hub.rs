@@ -70,8 +70,6 @@ pub enum Input {
     Broken(SessionId, Status),
     /// The connection is gone.
     Closed(SessionId),
-    /// Readiness was judged.
-    Readiness(Report, bool),
     /// The keys changed: which set it is, whose tokens it believes, and the token for peers.
     Keys(u64, BTreeSet<TokenKey>, Bytes),
     /// The configuration changed, as far as it can while the daemon runs.
@@ -112,6 +110,9 @@ pub struct Heartbeat {
     pub deserted: bool,
 }
 
+/// What readiness was judged to be, and whether writes are shed.
+pub type Judged = (Report, bool);
+
 struct Live {
     writer: mpsc::Sender<Batch>,
     gate: Arc<Gate>,
@@ -136,6 +137,9 @@ pub struct Hub {
     /// Whose writer sent its batch. A way of its own: behind a flood of frames that fill the
     /// writer's queue it would come too late.
     pub sent: mpsc::Receiver<SessionId>,
+    /// What readiness was judged to be. A way of its own too: who fills the queue must not keep
+    /// from the hub that it is to shed.
+    pub judged: watch::Receiver<Judged>,
     /// That it is alive.
     pub heartbeat: watch::Sender<Heartbeat>,
 }
@@ -143,7 +147,7 @@ pub struct Hub {
 impl Hub {
     /// Runs until `stop`, or until nobody is left to say anything.
     pub async fn run(self, stop: CancellationToken) {
-        let Self { node, clock, metrics, reading, peers, mut inputs, mut sent, heartbeat } = self;
+        let Self { node, clock, metrics, reading, peers, mut inputs, mut sent, mut judged, heartbeat } = self;
         let mut turn =
             Turn { node, clock, metrics, reading, peers, heartbeat, live: HashMap::new(), counted: Counts::default() };
         loop {
@@ -162,6 +166,10 @@ impl Hub {
                 () = sleep_until(clock.instant(wake)) => None,
             };
             turn.node.handle_reading(turn.reading.bytes());
+            if judged.has_changed().unwrap_or(false) {
+                let (report, shedding) = judged.borrow_and_update().clone();
+                turn.node.handle_readiness(report, shedding);
+            }
             if let Some(input) = input {
                 turn.handle(input);
                 for _ in 1..TURN {
@@ -203,11 +211,12 @@ impl Turn {
                 }
             }
             Input::Frame { id, frame, grant, at, held } => {
-                let route = self.route(id, &frame);
+                let (route, answers) = (self.route(id, &frame), self.node.answers());
                 self.node.handle_frame(id, frame, grant, self.time());
                 drop(held);
                 self.greet(id);
-                if let Some(route) = route {
+                // A chunk that awaits others is no request.
+                if let Some(route) = route.filter(|_| self.node.answers() != answers) {
                     self.metrics.latency(route).observe(at.elapsed().as_secs_f64());
                 }
             }
@@ -217,7 +226,6 @@ impl Turn {
                 self.node.handle_closed(id);
                 self.live.remove(&id);
             }
-            Input::Readiness(report, shedding) => self.node.handle_readiness(report, shedding),
             Input::Keys(generation, keys, token) => {
                 self.node.handle_keys(generation, keys);
                 self.node.handle_token(token);
@@ -255,16 +263,17 @@ impl Turn {
         if !frame.flags.has(Flags::REQ) {
             return None;
         }
-        let started = frame.flags.has(Flags::START);
+        let (started, ended) = (frame.flags.has(Flags::START), frame.flags.has(Flags::END));
         match frame.app {
             AppProto::CONTROL if self.live.get(&id).is_some_and(|live| live.counted.is_none()) => Some(Route::Hello),
             AppProto::CONTROL => Some(Route::Ping),
             AppProto::PUBSUB if started => match parse(&frame.payload)? {
                 Open::Subscribe { .. } => Some(Route::Subscribe),
                 Open::Publish { .. } => Some(Route::Publish),
-                Open::Renew { .. } | Open::Gossip {} | Open::Sessions {} => None,
+                Open::Renew { .. } => Some(Route::Renew),
+                Open::Gossip {} | Open::Sessions {} => None,
             },
-            AppProto::PUBSUB => Some(Route::Publish),
+            AppProto::PUBSUB if !ended => Some(Route::Publish),
             AppProto::GOSSIP if started => Some(Route::Gossip),
             AppProto::ADMIN if started => Some(Route::Status),
             _ => None,

@@ -37,6 +37,8 @@ pub enum Route {
     Publish,
     /// Subscribe to its answer.
     Subscribe,
+    /// Renewal of a client's stream to its answer.
+    Renew,
     /// A peer's gossip stream, opened.
     Gossip,
     /// The daemon's state, over the Unix socket.
@@ -53,11 +55,12 @@ pub enum Route {
 
 impl Route {
     /// Every route, in the order of declaration.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Hello,
         Self::Ping,
         Self::Publish,
         Self::Subscribe,
+        Self::Renew,
         Self::Gossip,
         Self::Status,
         Self::AdminMetrics,
@@ -74,6 +77,7 @@ impl Route {
             Self::Ping => "ping",
             Self::Publish => "publish",
             Self::Subscribe => "subscribe",
+            Self::Renew => "renew",
             Self::Gossip => "gossip",
             Self::Status => "status",
             Self::AdminMetrics => "admin_metrics",
@@ -441,6 +445,24 @@ mod tests {
         }
         metrics.config(&format!("{:016x}", 100_000), "0123456789abcdef");
         assert_eq!(series(), quiet);
+    }
+
+    /// C-5: every route has the same buckets, which double from 64 µs to 16.8 s.
+    #[test]
+    fn latencies_have_fixed_buckets() {
+        let text = String::from_utf8(Metrics::new(true, "").unwrap().render().unwrap()).unwrap();
+        for route in Route::ALL {
+            let of_route = format!("request_latency_seconds_bucket{{route=\"{}\",", route.label());
+            let bounds: Vec<&str> = text
+                .lines()
+                .filter(|line| line.starts_with(&of_route))
+                .filter_map(|line| line.split("le=\"").nth(1)?.split('"').next())
+                .collect();
+            let (last, finite) = bounds.split_last().unwrap();
+            let finite: Vec<f64> = finite.iter().map(|bound| bound.parse().unwrap()).collect();
+            assert_eq!((*last, finite.len(), finite[0]), ("+Inf", 19, 64e-6));
+            assert!(finite.windows(2).all(|pair| pair[1] == 2.0 * pair[0]) && finite[18] > 16.7, "{finite:?}");
+        }
     }
 
     /// The arrays are indexed by their enum.

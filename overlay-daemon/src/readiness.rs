@@ -7,12 +7,12 @@ use std::time::Duration;
 use overlay_core::config::Readiness;
 use overlay_core::node::Clock as CoreClock;
 use overlay_core::readiness::{Facts, Gate, Report};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::accept::Health;
 use crate::clock::Clock;
-use crate::hub::{Heartbeat, Input};
+use crate::hub::{Heartbeat, Judged};
 use crate::kms::Keys;
 use crate::metrics::Metrics;
 use crate::transport::{Descriptors, Proxy};
@@ -46,8 +46,8 @@ pub struct Watch {
     pub clock: Clock,
     /// Where `/readyz` looks.
     pub report: watch::Sender<Report>,
-    /// Is told whether to shed.
-    pub hub: mpsc::Sender<Input>,
+    /// Where the hub looks: whether to shed too.
+    pub judged: watch::Sender<Judged>,
     /// Shows it too.
     pub metrics: Arc<Metrics>,
 }
@@ -58,7 +58,6 @@ impl Watch {
         let mut gate = Gate::new(self.config.borrow().clone());
         let mut ticks = interval(EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-        let mut told = None;
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
@@ -74,11 +73,12 @@ impl Watch {
             }
             self.report.send_replace(report.clone());
             let judged = (report, gate.is_shedding());
-            // A hub that is too busy to be told is told at the next tick.
-            if told.as_ref() != Some(&judged) && self.hub.try_send(Input::Readiness(judged.0.clone(), judged.1)).is_ok()
-            {
-                told = Some(judged);
-            }
+            self.judged.send_if_modified(|told| {
+                *told != judged && {
+                    *told = judged;
+                    true
+                }
+            });
         }
     }
 

@@ -24,7 +24,7 @@ use crate::admin::{self, Admin};
 use crate::check;
 use crate::clock::Clock;
 use crate::confine::{self, Confinement, Measure};
-use crate::hub::{Heartbeat, Hub, Input, QUEUE};
+use crate::hub::{Heartbeat, Hub, Input, Judged, QUEUE};
 use crate::kms::Keys;
 use crate::logging;
 use crate::metrics::Metrics;
@@ -180,6 +180,7 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
     let (beats, heartbeat) = watch::channel(Heartbeat::default());
     let (draining, is_draining) = watch::channel(false);
     let (report, reported) = watch::channel(Report::default());
+    let (judged, is_judged) = watch::channel(Judged::default());
     let stop = Stop { accepting: CancellationToken::new(), all: CancellationToken::new() };
     let context = Context::new(hub.clone(), sender, keys.verifier(), timing_now, clock, Arc::clone(&metrics));
 
@@ -207,6 +208,7 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
         peers: reloader.peers(),
         inputs,
         sent,
+        judged: is_judged,
         heartbeat: beats,
     };
     serving.spawn(hub_task.run(stop.all.clone()));
@@ -237,7 +239,7 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
             keys: Arc::clone(&keys),
             clock,
             report,
-            hub: hub.clone(),
+            judged,
             metrics: Arc::clone(&metrics),
         }
         .run(),

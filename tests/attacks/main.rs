@@ -5,10 +5,13 @@
 //! Nothing passes or fails by the clock: what is asserted is counts, and ratios measured in
 //! the same run; latencies are printed. `OVERLAY_SOAK=1` (`tests/run soak`) attacks in full size.
 
+mod admin;
 mod exhaustion;
 mod framing;
 mod handshake;
 mod probe;
+mod quic;
 mod sessions;
 mod shutdown;
 mod target;
+mod tokens;

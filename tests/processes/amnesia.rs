@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -17,15 +18,16 @@ use overlay_core::record::Publish;
 use overlay_tests::daemon::{Daemon, LIMIT};
 use overlay_tests::oap::{self, Wire};
 use overlay_tests::subscriber::Subscriber;
-use overlay_tests::trust::NODE;
+use overlay_tests::trust::{Authority, NODE};
 use overlay_tests::{http, on_both_profiles, programs, wait};
 use rustix::process::Signal;
+use rustls::pki_types::pem::PemObject;
 
 /// What every payload holds.
 const CANARY: &str = "canary-of-a-payload-4e1f";
 const TOPIC: &str = "canary.topic-77aa";
 
-on_both_profiles!(n1_a_crash_leaves_no_core, n2_no_secret_is_told);
+on_both_profiles!(n1_a_crash_leaves_no_core, n2_no_secret_is_told, n2_a_key_that_was_replaced_is_not_in_memory);
 
 /// All that a client can make a daemon do: each kind of frame, each refusal, what changes while
 /// it runs. What was secret or somebody else's on the way.
@@ -74,12 +76,10 @@ fn repertoire(daemon: &Daemon) -> Result<Vec<Vec<u8>>> {
 
     let (certificate, key) = daemon.authority.leaf_pem(NODE)?;
     let old_key = fs::read(daemon.folder().join("tls.key"))?;
+    let taken = key_reloads(daemon)?;
     replace(&daemon.folder().join("tls.crt"), certificate.as_bytes())?;
     replace(&daemon.folder().join("tls.key"), key.as_bytes())?;
-    let taken = "overlay_key_reloads_total{result=\"ok\"";
-    wait::until_true("the new keys to be taken up", LIMIT, || {
-        Ok(daemon.metrics()?.lines().any(|line| line.starts_with(taken) && !line.ends_with(" 0")))
-    })?;
+    wait::until_true("the new keys to be taken up", LIMIT, || Ok(key_reloads(daemon)? > taken))?;
 
     let peer = fs::read(daemon.folder().join("peer"))?;
     let mut secrets = vec![CANARY.as_bytes().to_vec(), token.to_vec(), forged.to_vec(), remote.to_vec(), peer];
@@ -91,6 +91,13 @@ fn repertoire(daemon: &Daemon) -> Result<Vec<Vec<u8>>> {
     let parts = |token: &Bytes| token.split(|byte| *byte == b'.').skip(1).map(<[u8]>::to_vec).collect::<Vec<_>>();
     secrets.extend([token, remote].iter().flat_map(parts));
     Ok(secrets)
+}
+
+/// How often new keys were taken up.
+fn key_reloads(daemon: &Daemon) -> Result<f64> {
+    let metrics = daemon.metrics()?;
+    let line = metrics.lines().find(|line| line.starts_with("overlay_key_reloads_total{result=\"ok\""));
+    line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).context("no count of reloads")
 }
 
 /// A token whose signature does not hold.
@@ -213,5 +220,64 @@ fn n1_a_crash_leaves_no_core(profile: Profile) -> Result<()> {
     let crash = ["--", "sh", "-c", "kill -ABRT $$"];
     let other = Command::new("prlimit").arg(permitted).args(crash).current_dir(folder.path()).status()?;
     ensure!(other.core_dumped(), "this machine writes no cores at all: the test would show nothing");
+    Ok(())
+}
+
+/// All memory that the process may read, region by region; those that the kernel does not show
+/// (`[vvar]`) are left out.
+fn memory(daemon: &Daemon) -> Result<Vec<Vec<u8>>> {
+    let process = PathBuf::from(format!("/proc/{}", daemon.process.id()));
+    let maps = fs::read_to_string(process.join("maps"))?;
+    let memory = fs::File::open(process.join("mem"))
+        .context("only root may look at a process that cannot be dumped: run these tests as root")?;
+    let mut regions = Vec::new();
+    for line in maps.lines().filter(|line| line.split(' ').nth(1).is_some_and(|rights| rights.starts_with("rw"))) {
+        let (from, to) = line.split(' ').next().and_then(|range| range.split_once('-')).context("a range")?;
+        let (from, to) = (u64::from_str_radix(from, 16)?, u64::from_str_radix(to, 16)?);
+        let mut region = vec![0; usize::try_from(to - from)?];
+        if memory.read_exact_at(&mut region, from).is_ok() {
+            regions.push(region);
+        }
+    }
+    Ok(regions)
+}
+
+/// The 32 bytes that an Ed25519 key is made of, from its PEM.
+fn seed(pem: &[u8]) -> Result<Vec<u8>> {
+    let key = rustls::pki_types::PrivatePkcs8KeyDer::from_pem_slice(pem)?;
+    let der = key.secret_pkcs8_der();
+    ensure!(der.len() == 48, "PKCS #8 of the first version");
+    Ok(der[16..].to_vec())
+}
+
+/// N2, I-8: canaries in a dump of the daemon's memory, after all that it can do. Of a private key
+/// that was replaced nothing is left, nor of the text that either was read from, nor of the token
+/// for peers that was. The key in use is found, as the signer holds it.
+fn n2_a_key_that_was_replaced_is_not_in_memory(profile: Profile) -> Result<()> {
+    let daemon = Daemon::start(profile, |_| {})?;
+    let old = fs::read(daemon.folder().join("tls.key"))?;
+    // One of its own: the repertoire shows tokens that say the same.
+    let mut claims = Authority::claims(NODE)?;
+    claims.exp += 1;
+    let token = daemon.authority.token(&claims)?.to_vec();
+    let (file, honest) = (daemon.folder().join("peer"), fs::read(daemon.folder().join("peer"))?);
+    for peer in [&token, &honest] {
+        let taken = key_reloads(&daemon)?;
+        replace(&file, peer)?;
+        wait::until_true("the token to be taken up", LIMIT, || Ok(key_reloads(&daemon)? > taken))?;
+    }
+    repertoire(&daemon)?;
+    let new = fs::read(daemon.folder().join("tls.key"))?;
+    let line = |pem: &[u8]| pem.split(|byte| *byte == b'\n').nth(1).map(<[u8]>::to_vec).context("a line of the key");
+    let there = |what: &[u8]| Ok::<_, anyhow::Error>(memory(&daemon)?.iter().any(|region| contains(region, what)));
+    ensure!(there(&seed(&new)?)?, "the key in use is not found: this would find nothing");
+    for (what, canary) in [
+        ("the old key", seed(&old)?),
+        ("the old key's text", line(&old)?),
+        ("the new key's text", line(&new)?),
+        ("the old token for peers", token),
+    ] {
+        ensure!(!there(&canary)?, "{what} is in memory");
+    }
     Ok(())
 }

@@ -1,29 +1,27 @@
-//! A real daemon against clients that it must refuse: what the handshake proves (I-11, G-10),
-//! what a frame may be (G-6), and that each refusal is counted. The client is rustls and the
-//! core's codec, not the daemon's own.
+//! A real daemon against clients that it must refuse: what a handshake proves, what a frame may
+//! be (G-6), and that each refusal is counted. The client is rustls and the core's codec, not the
+//! daemon's own. What holds over every transport is in [`crate::parity`].
 
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use overlay_core::config::Profile;
-use overlay_core::control::{HelloReply, Open};
+use overlay_core::control::Open;
 use overlay_core::frame::Flags;
 use overlay_core::record;
 use overlay_core::status::ErrorBody;
-use overlay_tests::oap::{Offer, TLS12_ONLY, Wire, certified, request};
+use overlay_tests::oap::{Offer, Wire, request};
 use overlay_tests::{http, on_both_profiles, wait};
 use rustls::AlertDescription;
-use rustls::crypto::SupportedKxGroup;
 use rustls::crypto::aws_lc_rs::kx_group;
 
 use crate::local::mesh::{Daemon, LIMIT, Mesh, one_mesh};
 
 on_both_profiles!(
-    a_handshake_that_proves_less_is_refused,
     a_key_exchange_policy_changes_without_a_restart,
     a_byte_over_a_mebibyte_is_413,
     a_broken_frame_is_told_and_ends_the_session,
@@ -76,42 +74,14 @@ impl Target {
         Offer::of_folder(&self.trust)
     }
 
-    fn greet(&self, offer: &Offer) -> Result<HelloReply> {
-        Ok(offer.greet(self.daemon.address)?.1)
+    fn greet(&self, offer: &Offer) -> Result<()> {
+        offer.greet(self.daemon.address).map(drop)
     }
 
     /// Asserts that it refuses, with one of these alerts, and counts it.
     fn refuses(&self, offer: &Offer, alerts: &[AlertDescription]) -> Result<()> {
         self.counts("tls", || offer.refused(self.daemon.address, alerts))
     }
-}
-
-/// I-11, G-10: the hybrid key exchange or an alert; TLS 1.3 or an alert; a certificate of
-/// this CA or an alert. Each is counted, and none disturbs the next.
-fn a_handshake_that_proves_less_is_refused(profile: Profile) -> Result<()> {
-    use AlertDescription as Alert;
-    let target = Target::start(profile)?;
-    let good = target.offer()?;
-    let reply = target.greet(&good)?;
-    ensure!(reply.max_frame == 1_048_576 && reply.daemon.is_some_and(|daemon| daemon.name == "one-0"));
-
-    let classical = Offer { groups: vec![kx_group::X25519], ..good.clone() };
-    target.refuses(&classical, &[Alert::HandshakeFailure])?;
-    let both: Vec<&dyn SupportedKxGroup> = vec![kx_group::X25519, kx_group::X25519MLKEM768];
-    target.greet(&Offer { groups: both, ..good.clone() }).context("hybrid among others is taken")?;
-
-    let old = Offer { versions: &TLS12_ONLY, groups: vec![kx_group::X25519], ..good.clone() };
-    target.refuses(&old, &[Alert::ProtocolVersion, Alert::HandshakeFailure])?;
-
-    target.refuses(&Offer { certificate: None, ..good.clone() }, &[Alert::CertificateRequired])?;
-
-    let folder = tempfile::tempdir()?;
-    let (certificate, key) = foreign_leaf(folder.path())?;
-    let stranger = Offer { certificate: Some(certified(&certificate, &key)?), ..good.clone() };
-    target.refuses(&stranger, &[Alert::UnknownCA, Alert::BadCertificate, Alert::DecryptError])?;
-
-    target.greet(&good).context("after all of them an honest one gets in")?;
-    Ok(())
 }
 
 /// The policy is the file's, for handshakes to come; a session that is there goes on.
@@ -130,21 +100,6 @@ fn a_key_exchange_policy_changes_without_a_restart(profile: Profile) -> Result<(
     target.greet(&target.offer()?)?;
     ensure!(session.start(3, &Open::Subscribe { topics: vec!["t".parse()?] }, target.token()?)? == 200);
     Ok(())
-}
-
-/// A leaf with the daemon's own identity, by a CA of somebody else's.
-fn foreign_leaf(folder: &Path) -> Result<(PathBuf, PathBuf)> {
-    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PKCS_ED25519, SanType};
-    let (ca_key, key) = (KeyPair::generate_for(&PKCS_ED25519)?, KeyPair::generate_for(&PKCS_ED25519)?);
-    let mut ca = CertificateParams::default();
-    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let issuer = Issuer::new(ca, ca_key);
-    let mut leaf = CertificateParams::default();
-    leaf.subject_alt_names = vec![SanType::URI("spiffe://overlay.local/ns/default/overlaynode/one".try_into()?)];
-    let (certificate, private) = (folder.join("tls.crt"), folder.join("tls.key"));
-    fs::write(&certificate, leaf.signed_by(&key, &issuer)?.pem())?;
-    fs::write(&private, key.serialize_pem())?;
-    Ok((certificate, private))
 }
 
 /// G-6, I-9: one byte over 1 MiB is 413 and counted, by the command that a person types.

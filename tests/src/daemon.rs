@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use overlay_core::config::{self, DaemonConfig, PeersConfig, Profile};
+use overlay_core::config::{self, DaemonConfig, PeersConfig, Profile, Transport};
 use overlay_core::grant::LOCAL_HOLDER;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::Value;
@@ -35,6 +35,10 @@ pub struct Daemon {
     pub authority: Arc<Authority>,
     /// Its TLS listener.
     pub address: SocketAddr,
+    /// Its QUIC listener, if it has one.
+    pub quic: Option<SocketAddr>,
+    /// And for what an onion service forwards, if it does.
+    pub onion: Option<SocketAddr>,
     /// Its admin HTTP.
     pub admin: SocketAddr,
 }
@@ -102,9 +106,23 @@ impl Daemon {
             Ok(said[name].as_str().with_context(|| format!("no {name} in {said}"))?.parse()?)
         };
         let (address, admin) = (address("address")?, address("admin")?);
-        let daemon = Self { process, folder, home, authority, address, admin };
+        let quic = said["quic"].as_str().map(str::parse).transpose()?;
+        let onion = said["onion"].as_str().map(str::parse).transpose()?;
+        let daemon = Self { process, folder, home, authority, address, quic, onion, admin };
         wait::until_true("the daemon to be ready", LIMIT, || Ok(daemon.is_ready()))?;
         Ok(daemon)
+    }
+
+    /// Where it accepts sessions over a transport.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn listens(&self, transport: Transport) -> Result<SocketAddr> {
+        match transport {
+            Transport::Tcp => Ok(self.address),
+            Transport::Quic => self.quic.context("it does not listen for QUIC"),
+            Transport::Tor => self.onion.context("it does not listen for an onion service"),
+        }
     }
 
     /// The folder of its configuration, its keys, its socket and its log, in memory.

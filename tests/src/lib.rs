@@ -10,9 +10,11 @@ pub mod http;
 pub mod kubectl;
 pub mod oap;
 pub mod operator;
+pub mod packets;
 pub mod process;
 pub mod profile;
 pub mod programs;
+pub mod quic;
 pub mod subscriber;
 #[cfg(test)]
 mod tables;

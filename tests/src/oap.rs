@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use bytes::{Bytes, BytesMut};
 use overlay_core::codec;
+use overlay_core::config::Transport;
 use overlay_core::control::{Hello, HelloReply, Open, json, parse};
 use overlay_core::frame::{AppProto, Flags, Frame};
 use overlay_core::identity::TenantId;
@@ -27,12 +28,22 @@ use rustls::{
     StreamOwned, SupportedProtocolVersion, version,
 };
 
+use crate::quic;
+
 /// For an answer that is expected to come.
 const ANSWER: Duration = Duration::from_secs(30);
 /// TLS 1.3 alone: what the daemon speaks.
 pub static TLS13_ONLY: [&SupportedProtocolVersion; 1] = [&version::TLS13];
 /// TLS 1.2 alone.
 pub static TLS12_ONLY: [&SupportedProtocolVersion; 1] = [&version::TLS12];
+
+/// A stream of bytes, whatever carries it.
+pub trait Bytestream: Read + Write + Send {}
+
+impl<T: Read + Write + Send> Bytestream for T {}
+
+/// OAP/1 over any transport.
+pub type Any = Wire<Box<dyn Bytestream>>;
 
 /// What one look at a connection found.
 #[derive(Debug)]
@@ -73,7 +84,7 @@ impl<S: Read + Write> Wire<S> {
     /// The next frame, if it comes within the socket's read timeout.
     ///
     /// # Errors
-    /// TLS failed, or what came is no frame.
+    /// TLS or QUIC failed, or what came is no frame.
     pub fn poll(&mut self) -> Result<Heard> {
         let mut chunk = [0; 16 * 1024];
         loop {
@@ -252,12 +263,35 @@ impl Offer {
         Ok((wire, reply))
     }
 
+    /// The same over a transport of the caller's choice.
+    ///
+    /// # Errors
+    /// The daemon refused.
+    pub fn greet_over(&self, transport: Transport, address: SocketAddr) -> Result<(Any, HelloReply)> {
+        let stream: Box<dyn Bytestream> = match transport {
+            // Who comes by an onion service arrives as its tor's TCP connection.
+            Transport::Tcp | Transport::Tor => Box::new(self.connect(address)?.stream),
+            Transport::Quic => Box::new(quic::connect(self.config()?, address, ANSWER)?),
+        };
+        let mut wire = Wire::new(stream);
+        let reply = wire.hello()?;
+        Ok((wire, reply))
+    }
+
     /// Asserts that the daemon refuses with one of these alerts.
     ///
     /// # Errors
     /// It let the client in, or did anything else.
     pub fn refused(&self, address: SocketAddr, alerts: &[AlertDescription]) -> Result<()> {
-        let Err(error) = self.greet(address) else { bail!("the daemon let it in") };
+        self.refused_over(Transport::Tcp, address, alerts)
+    }
+
+    /// The same over a transport of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`Self::refused`].
+    pub fn refused_over(&self, transport: Transport, address: SocketAddr, alerts: &[AlertDescription]) -> Result<()> {
+        let Err(error) = self.greet_over(transport, address) else { bail!("the daemon let it in") };
         let alert = alert_of(&error);
         ensure!(alert.is_some_and(|alert| alerts.contains(&alert)), "no alert of {alerts:?}: {error:#}");
         Ok(())
@@ -289,6 +323,11 @@ pub fn connect(config: Arc<ClientConfig>, address: SocketAddr) -> Result<Tls> {
 #[must_use]
 pub fn alert_of(error: &anyhow::Error) -> Option<AlertDescription> {
     error.chain().find_map(|cause| {
+        let inner = cause.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        let lost = cause.downcast_ref().or_else(|| inner?.downcast_ref());
+        if let Some(lost) = lost {
+            return quic::alert_of(lost);
+        }
         let tls = cause.downcast_ref::<rustls::Error>().or_else(|| {
             let io = cause.downcast_ref::<io::Error>()?;
             io.get_ref()?.downcast_ref::<rustls::Error>()

@@ -62,6 +62,9 @@ impl TokenBucket {
     }
 }
 
+const ANSWER_SOON_MS: u64 = 50;
+const FULL: Refusal = Refusal::later(Status::QuotaExhausted, "too many requests in flight", ANSWER_SOON_MS);
+
 /// Requests that one side may have: so many a second, so many unanswered.
 #[derive(Clone, Debug)]
 pub struct Quota {
@@ -88,15 +91,23 @@ impl Quota {
     /// # Errors
     /// 429 with the time to wait.
     pub fn admit(&mut self, now: Millis) -> Result<(), Refusal> {
-        const ANSWER_SOON_MS: u64 = 50;
         if self.inflight >= self.most {
-            return Err(Refusal::later(Status::QuotaExhausted, "too many requests in flight", ANSWER_SOON_MS));
+            return Err(FULL);
         }
         if !self.bucket.take(now) {
             let wait = self.bucket.wait_ms(now);
             return Err(Refusal::later(Status::QuotaExhausted, "too many requests a second", wait));
         }
         Ok(())
+    }
+
+    /// Whether one may begin that its sender takes its time with: half of the places are for
+    /// those.
+    ///
+    /// # Errors
+    /// 429 with the time to wait.
+    pub fn admit_long(&self) -> Result<(), Refusal> {
+        if self.inflight >= self.most.div_ceil(2) { Err(FULL) } else { Ok(()) }
     }
 
     /// Counts a request in: it is in flight until its answer is handed to the writer.

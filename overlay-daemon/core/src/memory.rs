@@ -11,6 +11,7 @@
 //! | a stream | [`STREAM_BYTES`], and [`TOPIC_BYTES`] and twice its name for each topic | refused at its START |
 //! | an upload under way | the size that it announced | refused at its Begin |
 //! | messages held, and chunks being put together | their bytes, once | the gossip engine |
+//! | ids that are remembered | their names, and their places in tables | the gossip engine |
 //! | a payload that only queues hold any more | its bytes, once | the gossip engine |
 //! | readers' buffers | what they have allocated | one frame each |
 //!

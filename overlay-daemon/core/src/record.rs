@@ -135,6 +135,15 @@ impl Envelope {
     }
 }
 
+/// The frame of a Message or Begin with another number of hops.
+pub(crate) fn with_hops(frame: &[u8], hops: u8) -> Bytes {
+    let mut frame = BytesMut::from(frame);
+    if let Some(at) = frame.get_mut(1) {
+        *at = hops;
+    }
+    frame.freeze()
+}
+
 /// Chunks that `size` bytes travel in; 0 where they travel whole.
 #[must_use]
 pub fn chunks(size: u32) -> u32 {

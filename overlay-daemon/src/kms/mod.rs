@@ -37,9 +37,7 @@ mod tests;
 pub use leaf::{IdentityError, Leaf};
 pub use reload::{Keys, POLL_INTERVAL};
 pub use tls::{ALPN, KeyExchangeGroup, QuicKeys};
-pub use token::{MAX_TOKEN_KEYS, Verifier};
-
-use token::TokenKeys;
+pub use token::{MAX_TOKEN_KEYS, TokenKeys, Verifier};
 
 /// Bytes of any one file that is read here.
 const MAX_FILE: u64 = 1 << 20;

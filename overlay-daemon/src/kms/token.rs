@@ -23,7 +23,7 @@ pub const MAX_TOKEN_KEYS: usize = 64;
 const CACHED_TOKENS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(4_095);
 
 /// The public keys whose tokens are believed, by key id.
-pub(super) struct TokenKeys(HashMap<String, (TokenKey, DecodingKey)>);
+pub struct TokenKeys(HashMap<String, (TokenKey, DecodingKey)>);
 
 /// Claims, and the key that signed them.
 type Signed = (Arc<Claims>, TokenKey);
@@ -49,7 +49,10 @@ struct Jwk {
 
 impl TokenKeys {
     /// Reads a key set; only Ed25519 keys for signatures have a place in it.
-    pub(super) fn parse(text: &[u8]) -> Result<Self, String> {
+    ///
+    /// # Errors
+    /// What is wrong with it, without a word of it.
+    pub fn parse(text: &[u8]) -> Result<Self, String> {
         // The position, not the parser's words: those could quote the file.
         let set: Jwks = serde_json::from_slice(text)
             .map_err(|e| format!("is not a JSON Web Key Set (line {}, column {})", e.line(), e.column()))?;
@@ -67,12 +70,16 @@ impl TokenKeys {
     }
 
     /// Every key.
-    pub(super) fn all(&self) -> BTreeSet<TokenKey> {
+    #[must_use]
+    pub fn all(&self) -> BTreeSet<TokenKey> {
         self.0.values().map(|(key, _)| *key).collect()
     }
 
     /// The claims of `token` if one of these keys signed it.
-    pub(super) fn claims(&self, token: &[u8]) -> Result<Signed, Refusal> {
+    ///
+    /// # Errors
+    /// 401 with the first thing that is wrong.
+    pub fn claims(&self, token: &[u8]) -> Result<Signed, Refusal> {
         let no = |message| Refusal::new(Status::Unauthorized, message);
         let header = decode_header(token).map_err(|_| no("the token cannot be read"))?;
         if header.alg != Algorithm::EdDSA {

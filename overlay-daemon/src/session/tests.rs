@@ -8,13 +8,13 @@ use overlay_core::control::{Hello, Incarnation, Open, json};
 use overlay_core::frame::AppProto;
 use overlay_core::identity::TenantId;
 use overlay_core::node::Node;
-use overlay_core::record::{Publish, Record};
+use overlay_core::record::{Piece, Publish, Record};
 use tokio::io::DuplexStream;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::hub::{Heartbeat, Hub, Peers, QUEUE};
+use crate::hub::{Heartbeat, Hub, Judged, Peers, QUEUE};
 use crate::kms::Keys;
 use crate::kms::authority::{Authority, LeafOptions, TokenRoot, Volume, local_claims};
 use crate::transport::TransportConfig;
@@ -23,6 +23,7 @@ use crate::transport::TransportConfig;
 struct Bench {
     context: Context,
     token: Bytes,
+    judged: watch::Sender<Judged>,
     tasks: JoinSet<()>,
 }
 
@@ -43,13 +44,15 @@ impl Bench {
         let timing = Timing::from(TransportConfig::tcp(&config));
         let context = Context::new(hub, sender, keys.verifier(), timing, clock, Arc::clone(&metrics));
         let reading = context.reading.clone();
-        let hub = Hub { node, clock, metrics, reading, peers: Peers::default(), inputs, sent, heartbeat };
+        let (judged, is_judged) = watch::channel(Judged::default());
+        let peers = Peers::default();
+        let hub = Hub { node, clock, metrics, reading, peers, inputs, sent, judged: is_judged, heartbeat };
         let mut tasks = JoinSet::new();
         tasks.spawn(hub.run(CancellationToken::new()));
         let mut claims = local_claims();
         claims["exp"] = 4_000_000_000_u64.into();
         claims["nbf"] = 0.into();
-        Self { context, token: root.mint(&claims).into(), tasks }
+        Self { context, token: root.mint(&claims).into(), judged, tasks }
     }
 
     fn connect(&mut self) -> Client {
@@ -111,6 +114,35 @@ fn compressed(payload: &[u8]) -> Bytes {
     let mut out = Vec::with_capacity(zstd_safe::compress_bound(payload.len()));
     zstd_safe::compress(&mut out, payload, 3).unwrap();
     out.into()
+}
+
+/// C-5: what is counted of a route is its requests: a message in chunks is one, an END is none.
+#[tokio::test(start_paused = true)]
+async fn a_message_is_one_request() {
+    let mut bench = Bench::new();
+    let token = bench.token.clone();
+    let mut client = bench.connect();
+    assert_eq!(client.ask(&hello()).await, 200);
+    let start = frame(Flags::START, AppProto::PUBSUB, 3, json(&Open::Publish { topic: "news".parse().unwrap() }));
+    assert_eq!(client.ask(&Frame { cap: token.clone(), ..start }).await, 200);
+    let publish = |record: Publish| frame(Flags::default(), AppProto::PUBSUB, 3, record.encode());
+    assert_eq!(client.ask(&publish(Publish::Message("small".into()))).await, 200);
+    let payload = vec![7; 65_537];
+    let hash = *blake3::hash(&payload).as_bytes();
+    client.send(&publish(Publish::Begin { size: 65_537, hash })).await;
+    for (index, bytes) in (0..).zip(payload.chunks(65_536).map(Bytes::copy_from_slice)) {
+        client.send(&publish(Publish::Piece(Piece { hash, index, bytes }))).await;
+    }
+    assert_eq!(client.receive().await.map_or(0, |answer| answer.code), 200);
+    let renewal = frame(Flags::START, AppProto::PUBSUB, 5, json(&Open::Renew { stream: 3 }));
+    assert_eq!(client.ask(&Frame { cap: token, ..renewal }).await, 200);
+    assert_eq!(client.receive().await.map_or(0, |end| end.corr_id), 3);
+    assert_eq!(client.ask(&frame(Flags::END, AppProto::PUBSUB, 5, Bytes::new())).await, 200);
+    let text = String::from_utf8(bench.context.metrics.render().unwrap()).unwrap();
+    for (route, count) in [("hello", 1), ("publish", 3), ("renew", 1), ("ping", 0)] {
+        let line = format!("request_latency_seconds_count{{route=\"{route}\",amnesia=\"on\"}} {count}\n");
+        assert!(text.contains(&line), "{line}{text}");
+    }
 }
 
 /// COMP from the byte that is read to the subscriber that gets it, and a frame that HELLO's
@@ -203,4 +235,25 @@ async fn f6_a_flood_is_not_read_then_closed() {
     let (a_pause, held) = (100 + QUEUE as u64, 2 * 64 * 1024 / 38);
     assert!(sent <= 4_000 + 102 * a_pause + held, "{sent} frames were taken");
     assert!((95..130).contains(&answered), "after ten seconds: {answered}");
+}
+
+/// I-6: whoever keeps the hub's queue full does not keep from it that writes are to be shed, nor
+/// that they are not any more: it hears so past the queue, before the next frame.
+#[tokio::test(start_paused = true)]
+async fn a_full_queue_does_not_keep_shedding_from_the_hub() {
+    let mut bench = Bench::new();
+    let mut client = bench.connect();
+    assert_eq!(client.ask(&hello()).await, 200);
+    let open = Open::Publish { topic: "news".parse().unwrap() };
+    let start = Frame { cap: bench.token.clone(), ..frame(Flags::START, AppProto::PUBSUB, 3, json(&open)) };
+    assert_eq!(client.ask(&start).await, 200);
+    for _ in 0..4 {
+        let hub = bench.context.hub.clone();
+        bench.tasks.spawn(async move { while hub.send(Input::Closed(SessionId(u64::MAX))).await.is_ok() {} });
+    }
+    let message = frame(Flags::default(), AppProto::PUBSUB, 3, Publish::Message("m".into()).encode());
+    for (shedding, code) in [(true, 503), (false, 200), (true, 503)] {
+        bench.judged.send_replace((overlay_core::readiness::Report::default(), shedding));
+        assert_eq!(client.ask(&message).await, code);
+    }
 }

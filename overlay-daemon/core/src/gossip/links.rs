@@ -102,6 +102,11 @@ impl Links {
         }
     }
 
+    /// What is held from this position on is to be announced to every link that may lack it.
+    pub(super) fn rewind_all(&mut self, cursor: u64) {
+        self.links.values_mut().for_each(|link| link.cursor = link.cursor.min(cursor));
+    }
+
     pub(super) fn pause(&mut self, link: LinkId, until: Millis) {
         if let Some(link) = self.links.get_mut(&link) {
             link.paused = Some(until);

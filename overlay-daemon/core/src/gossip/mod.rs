@@ -25,7 +25,7 @@ use crate::lanes::Class;
 use crate::record::{Digest, Envelope, MessageId, Record, pieces};
 use crate::status::{Reason, Refusal, Status};
 
-use assembly::{Assemblies, Whole};
+use assembly::{Assemblies, Assembly, Begun, Whole};
 use links::Links;
 use store::{Novelty, Store};
 use wanted::{Key, Wanted};
@@ -226,7 +226,7 @@ impl Engine {
         out: &mut impl Outlet,
     ) -> Result<Vec<Delivery>, Reason> {
         self.counts.rx += 1;
-        let (unix_ms, now) = clock;
+        let now = clock.1;
         if !self.tenants.contains(&tenant) {
             return Err(Reason::Auth);
         }
@@ -235,7 +235,7 @@ impl Engine {
         }
         match record {
             Record::Message { hops, envelope, payload } => {
-                let Some(id) = self.check(link, tenant, hops, &envelope, unix_ms, out)? else { return Ok(Vec::new()) };
+                let Some(id) = self.check(link, tenant, hops, &envelope, clock, out)? else { return Ok(Vec::new()) };
                 if digest(&payload) != envelope.hash {
                     return Err(Reason::Protocol);
                 }
@@ -248,12 +248,12 @@ impl Engine {
                 Ok(vec![self.spread(held, holders, now, out)])
             }
             Record::Begin { hops, envelope } => {
-                let Some(id) = self.check(link, tenant, hops, &envelope, unix_ms, out)? else { return Ok(Vec::new()) };
-                self.begin(id, link, tenant, hops.saturating_add(1), envelope, now, out);
+                let Some(id) = self.check(link, tenant, hops, &envelope, clock, out)? else { return Ok(Vec::new()) };
+                self.begin(id, link, tenant, hops.saturating_add(1), envelope, now, out)?;
                 Ok(Vec::new())
             }
             Record::Piece(piece) => {
-                let done = self.assemblies.add(tenant, &piece, now);
+                let done = self.assemblies.add(link, tenant, &piece, now);
                 let mut deliveries = Vec::new();
                 let mut broken = false;
                 for message in done {
@@ -276,7 +276,7 @@ impl Engine {
                 Ok(Vec::new())
             }
             Record::Graft { id, chunks } => {
-                self.graft(id, chunks, link, tenant, out);
+                self.graft((id, chunks), link, tenant, now, out);
                 Ok(Vec::new())
             }
             Record::Prune => {
@@ -295,7 +295,7 @@ impl Engine {
         tenant: TenantId,
         hops: u8,
         envelope: &Envelope,
-        unix_ms: u64,
+        (unix_ms, now): (u64, Millis),
         out: &mut impl Outlet,
     ) -> Result<Option<MessageId>, Reason> {
         let id = envelope.id(tenant);
@@ -306,10 +306,8 @@ impl Engine {
             }
             Novelty::Duplicate => {
                 self.counts.duplicates += 1;
-                if let Some(held) = self.store.get_mut(id) {
-                    held.known.insert(link);
-                }
-                if self.links.make_lazy(link) {
+                self.wanted.remove((tenant, id));
+                if !self.goes_on(id, link, hops, now, out) && self.links.make_lazy(link) {
                     self.send(link, tenant, Class::Control, Record::Prune.encode(), out);
                 }
                 Ok(None)
@@ -323,6 +321,20 @@ impl Engine {
         }
     }
 
+    /// A message that is held came again. Whether it is passed on only now, since it first came
+    /// by too many hops.
+    fn goes_on(&mut self, id: MessageId, link: LinkId, hops: u8, now: Millis, out: &mut impl Outlet) -> bool {
+        let Some(held) = self.store.get_mut(id) else { return false };
+        held.known.insert(link);
+        if !held.shorten(hops.saturating_add(1), self.config.max_hops) {
+            return false;
+        }
+        let (held, known) = (held.clone(), held.known);
+        self.links.rewind_all(self.store.position(id).unwrap_or(u64::MAX));
+        self.spread(held, known, now, out);
+        true
+    }
+
     #[allow(clippy::too_many_arguments)] // a record's parts, each of its own type
     fn begin(
         &mut self,
@@ -333,24 +345,42 @@ impl Engine {
         envelope: Envelope,
         now: Millis,
         out: &mut impl Outlet,
-    ) {
-        if let Some(assembly) = self.assemblies.get_mut(id) {
-            assembly.holders.insert(link);
-            self.counts.duplicates += 1;
-            if self.links.make_lazy(link) {
-                self.send(link, tenant, Class::Control, Record::Prune.encode(), out);
+    ) -> Result<(), Reason> {
+        let (key, others) = match self.assemblies.handle_begin(id, link, envelope.size, now) {
+            Begun::False => return Err(Reason::Protocol),
+            Begun::Begins(key, others) => (key, others),
+            Begun::Joins => {
+                self.counts.duplicates += 1;
+                if self.links.make_lazy(link) {
+                    self.send(link, tenant, Class::Control, Record::Prune.encode(), out);
+                }
+                return Ok(());
             }
-            return;
-        }
-        if out.has_memory(envelope.size.into()) && self.assemblies.begin(id, tenant, hops, envelope, link, now) {
-            let holders = self.wanted.remove((tenant, id));
-            if let Some(assembly) = self.assemblies.get_mut(id) {
-                assembly.holders = assembly.holders.union(holders);
-            }
+        };
+        self.want_anew(id, tenant, others, now);
+        let mut assembly = Assembly::new(tenant, hops, envelope, link, now);
+        let mut others = self.wanted.remove((tenant, id));
+        others.remove(link);
+        if key.1.is_none() {
+            assembly.holders = assembly.holders.union(others);
         } else {
-            // No room to put it together: ask again later, as if it had been announced.
-            self.wanted.add((tenant, id), link, now);
+            self.want_anew(id, tenant, others, now);
         }
+        let fits = out.has_memory(assembly.envelope.size.into());
+        match fits.then(|| self.assemblies.begin(key, assembly)).flatten() {
+            Some(evicted) => {
+                if let Some((id, Assembly { tenant, holders, .. })) = evicted {
+                    self.want_anew(id, tenant, holders, now);
+                }
+            }
+            None => {
+                // No room to put it together: ask again later, as if it had been announced.
+                others.insert(link);
+                self.want_anew(id, tenant, others, now);
+                self.wanted.wait((tenant, id), now);
+            }
+        }
+        Ok(())
     }
 
     fn whole(&mut self, whole: Whole, now: Millis, out: &mut impl Outlet) -> Delivery {
@@ -358,6 +388,7 @@ impl Engine {
         let begin = Record::Begin { hops, envelope: envelope.clone() }.encode();
         let frames = std::iter::once(begin).chain(pieces).collect();
         self.arrived((tenant, id), from);
+        let holders = holders.union(self.wanted.remove((tenant, id)));
         let held = self.store.insert(id, tenant, envelope, hops, frames, now);
         self.spread(held, holders, now, out)
     }

@@ -83,10 +83,16 @@ impl Engine {
 
     pub(super) fn announced(&mut self, id: MessageId, link: LinkId, tenant: TenantId, now: Millis) {
         if let Some(held) = self.store.get_mut(id) {
+            // Where it came by too many hops to go on, another may have it by fewer: a link that
+            // says too many must not keep it from those behind this daemon.
+            let at_end = held.hops >= self.config.max_hops && held.tenant == tenant && !held.known.contains(link);
             held.known.insert(link);
-        } else if let Some(assembly) = self.assemblies.get_mut(id).filter(|assembly| assembly.tenant == tenant) {
+            if at_end {
+                self.wanted.add((tenant, id), link, now);
+            }
+        } else if let Some(assembly) = self.assemblies.shared(id).filter(|assembly| assembly.tenant == tenant) {
             assembly.holders.insert(link);
-        } else if !self.store.has_seen(id) {
+        } else if !self.store.has_seen(id) && !self.assemblies.is_alone(id, link) {
             self.wanted.add((tenant, id), link, now);
         }
     }
@@ -125,23 +131,28 @@ impl Engine {
         }
         let mut asks = Vec::new();
         let mut given_up = Vec::new();
-        for (id, assembly) in self.assemblies.stalled(before) {
+        for (key, assembly) in self.assemblies.stalled(before) {
             assembly.progress = now;
             assembly.asked += 1;
             let holders: Vec<LinkId> = assembly.holders.iter().collect();
             if holders.is_empty() || assembly.asked > MAX_IN_VAIN {
                 let mut others = assembly.holders;
                 others.remove(assembly.from);
-                given_up.push((id, assembly.tenant, others));
+                given_up.push((key, assembly.tenant, others));
                 continue;
             }
             let link = holders[usize::from(assembly.asked) % holders.len()];
-            asks.push((link, assembly.tenant, Record::Graft { id, chunks: assembly.missing() }));
+            asks.push((link, assembly.tenant, Record::Graft { id: key.0, chunks: assembly.missing() }));
         }
-        for (id, tenant, others) in given_up {
-            self.assemblies.remove(id);
-            self.counts.lost += u64::from(others.iter().next().is_none());
-            self.want_anew(id, tenant, others, now);
+        for (key, tenant, others) in given_up {
+            self.assemblies.remove(key);
+            if others.iter().next().is_some() {
+                // Whoever began it is not to begin it for them once more.
+                self.assemblies.spoil(key.0, now);
+                self.want_anew(key.0, tenant, others, now);
+            } else if key.1.is_none() {
+                self.counts.lost += 1;
+            }
         }
         for (link, tenant, graft) in asks {
             self.counts.grafts += 1;
@@ -154,17 +165,30 @@ impl Engine {
         holders.iter().for_each(|link| self.wanted.add((tenant, id), link, now));
     }
 
-    /// A link asks for a message. Where its lane has no room, it asks again.
-    pub(super) fn graft(&mut self, id: MessageId, chunks: u32, link: LinkId, tenant: TenantId, out: &mut impl Outlet) {
+    /// A link asks for a message. Where its lane has no room, it asks again; where it has been
+    /// sent it time and again, it is not.
+    pub(super) fn graft(
+        &mut self,
+        (id, chunks): (MessageId, u32),
+        link: LinkId,
+        tenant: TenantId,
+        now: Millis,
+        out: &mut impl Outlet,
+    ) {
         if chunks == 0 {
             self.links.make_eager(link);
         }
-        let Some(held) = self.store.get(id).filter(|held| held.tenant == tenant).cloned() else { return };
+        let Some(held) = self.store.get_mut(id).filter(|held| held.tenant == tenant) else { return };
+        if !held.may_answer(link, now) {
+            return;
+        }
+        let held = held.clone();
         let wanted = if chunks == 0 { WHOLE } else { chunks };
         if self.push(link, &held, wanted, out)
             && let Some(held) = self.store.get_mut(id)
         {
             held.known.insert(link);
+            held.note_answer(link);
         }
     }
 }

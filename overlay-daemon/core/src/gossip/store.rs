@@ -6,20 +6,32 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::LinkSet;
+use super::{LinkId, LinkSet};
 use crate::Millis;
 use crate::config::Gossip;
 use crate::control::Incarnation;
 use crate::identity::{SpiffeId, TenantId};
-use crate::record::{Envelope, MessageId};
+use crate::record::{Envelope, MessageId, with_hops};
 
 /// A message is held for at least this long, so that announcements can be answered; a
 /// publisher that would push it out sooner is told to wait.
 const MIN_HELD_MS: u64 = 2_000;
+/// How often one link is sent a message that it asks for, within [`ANSWERS_MS`]: what was sent
+/// arrives, and who asks on has no place for it, or wants the line filled.
+const MAX_ANSWERS: usize = 3;
+const ANSWERS_MS: u64 = 5_000;
 /// Origins (identity and incarnation) whose watermark is remembered.
 const MAX_ORIGINS: usize = 65_536;
+/// And what they cost in bytes, at the most.
+const MAX_ORIGIN_BYTES: u64 = 8 << 20;
 /// What a held message costs besides its frames: its entry, its envelope, its place in maps.
 const OVERHEAD_BYTES: u64 = 512;
+/// What an id that is remembered costs besides the names in its envelope: its entry in two maps,
+/// its envelope. An origin whose watermark is remembered costs no more.
+const SEEN_BYTES: u64 = 320;
+/// What one costs on the average, at the most, and all of them no more than what is held may:
+/// longer names are remembered for fewer messages.
+const MOST_SEEN_BYTES: u64 = 512;
 
 /// A message as it goes to others, encoded once.
 #[derive(Clone, Debug)]
@@ -37,6 +49,49 @@ pub struct Held {
     /// Links whose other end has it.
     pub known: LinkSet,
     at: Millis,
+    /// Links that were sent it for the first time since then because they asked, for the second
+    /// time, and so on.
+    answered: [LinkSet; MAX_ANSWERS],
+    answered_since: Millis,
+}
+
+impl Held {
+    /// Whether a link that asks for it is sent it once more.
+    pub(super) fn may_answer(&mut self, link: LinkId, now: Millis) -> bool {
+        if now.since(self.answered_since) >= ANSWERS_MS {
+            self.answered = Default::default();
+            self.answered_since = now;
+        }
+        !self.answered.iter().all(|links| links.contains(link))
+    }
+
+    /// A link that asked was sent it.
+    pub(super) fn note_answer(&mut self, link: LinkId) {
+        if let Some(links) = self.answered.iter_mut().find(|links| !links.contains(link)) {
+            links.insert(link);
+        }
+    }
+
+    /// It is known to have come by fewer hops: whether it goes on for that, since until now it
+    /// had reached `most`. Nobody vouches for the number of hops, so the least that was said
+    /// counts.
+    pub(super) fn shorten(&mut self, hops: u8, most: u8) -> bool {
+        if self.hops < most || hops >= most {
+            return false;
+        }
+        self.hops = hops;
+        let mut frames = self.frames.to_vec();
+        if let Some(first) = frames.first_mut() {
+            *first = with_hops(first, hops);
+        }
+        self.frames = frames.into();
+        true
+    }
+
+    fn forget_link(&mut self, link: LinkId) {
+        self.known.remove(link);
+        self.answered.iter_mut().for_each(|links| links.remove(link));
+    }
 }
 
 /// What is known of an id.
@@ -80,7 +135,9 @@ pub(super) struct Store {
     /// Every id of the window, with its position in the log at the time.
     index: HashMap<MessageId, u64>,
     order: VecDeque<Seen>,
+    seen_bytes: u64,
     origins: BTreeMap<(SpiffeId, Incarnation), Origin>,
+    origin_bytes: u64,
 }
 
 impl Store {
@@ -96,7 +153,9 @@ impl Store {
             queued_bytes: 0,
             index: HashMap::new(),
             order: VecDeque::new(),
+            seen_bytes: 0,
             origins: BTreeMap::new(),
+            origin_bytes: 0,
         }
     }
 
@@ -141,14 +200,26 @@ impl Store {
     ) -> Held {
         let envelope = Arc::new(envelope);
         self.index.insert(id, self.end());
+        self.seen_bytes += seen_cost(&envelope);
         self.order.push_back(Seen { id, at: now, envelope: Arc::clone(&envelope) });
-        let held = Held { id, tenant, envelope, hops, frames: frames.into(), known: LinkSet::default(), at: now };
+        let held = Held {
+            id,
+            tenant,
+            envelope,
+            hops,
+            frames: frames.into(),
+            known: LinkSet::default(),
+            at: now,
+            answered: Default::default(),
+            answered_since: now,
+        };
         self.bytes += cost(&held);
         self.log.push_back(held.clone());
         while self.log.len() > 1 && self.bytes > self.capacity {
             self.forget_payload();
         }
-        while self.order.len() > self.entries {
+        let most = (self.entries as u64 * MOST_SEEN_BYTES).min(self.capacity);
+        while self.order.len() > self.entries || (self.seen_bytes > most && self.order.len() > 1) {
             self.forget_id(true, now);
         }
         held
@@ -172,7 +243,12 @@ impl Store {
             self.forget_id(false, now);
         }
         let window = self.window_ms;
-        self.origins.retain(|_, origin| now.since(origin.seen) < 2 * window);
+        let bytes = &mut self.origin_bytes;
+        self.origins.retain(|(identity, _), origin| {
+            let keeps = now.since(origin.seen) < 2 * window;
+            *bytes -= if keeps { 0 } else { origin_cost(identity) };
+            keeps
+        });
     }
 
     fn forget_payload(&mut self) {
@@ -198,13 +274,14 @@ impl Store {
         self.log.iter()
     }
 
-    /// Bytes held, here or by a queue that shares them.
+    /// Bytes held, here or by a queue that shares them, and of what is remembered.
     pub(super) fn memory(&self) -> u64 {
-        self.bytes + self.queued_bytes
+        self.bytes + self.queued_bytes + self.seen_bytes + self.origin_bytes
     }
 
     fn forget_id(&mut self, early: bool, now: Millis) {
         let Some(seen) = self.order.pop_front() else { return };
+        self.seen_bytes -= seen_cost(&seen.envelope);
         if self.index.remove(&seen.id).is_some_and(|position| position >= self.first) {
             // Held payloads are a suffix of the ids seen, so the front of the log is this one.
             self.forget_payload();
@@ -212,21 +289,27 @@ impl Store {
         if !early {
             return;
         }
-        if self.origins.len() >= MAX_ORIGINS {
-            self.origins.pop_first();
+        let key = (seen.envelope.origin.clone(), seen.envelope.incarnation);
+        if !self.origins.contains_key(&key) {
+            self.origin_bytes += origin_cost(&key.0);
+            while self.origins.len() >= MAX_ORIGINS || self.origin_bytes > MAX_ORIGIN_BYTES {
+                let Some(((identity, _), _)) = self.origins.pop_first() else { break };
+                self.origin_bytes -= origin_cost(&identity);
+            }
         }
-        let origin = self.origins.entry((seen.envelope.origin.clone(), seen.envelope.incarnation)).or_default();
+        let origin = self.origins.entry(key).or_default();
         origin.watermark = origin.watermark.max(seen.envelope.sequence);
         origin.seen = now;
-    }
-
-    pub(super) fn get(&self, id: MessageId) -> Option<&Held> {
-        self.at(*self.index.get(&id)?)
     }
 
     pub(super) fn get_mut(&mut self, id: MessageId) -> Option<&mut Held> {
         let position = *self.index.get(&id)?;
         self.log.get_mut(usize::try_from(position.checked_sub(self.first)?).ok()?)
+    }
+
+    /// Where a message stands, if it is still held.
+    pub(super) fn position(&self, id: MessageId) -> Option<u64> {
+        self.index.get(&id).copied().filter(|position| *position >= self.first)
     }
 
     /// The message at `position`, if it is still held.
@@ -235,8 +318,14 @@ impl Store {
     }
 
     /// Forgets what a link's other end has: the link is gone, its number will name another.
-    pub(super) fn forget_link(&mut self, link: super::LinkId) {
-        self.log.iter_mut().for_each(|held| held.known.remove(link));
+    pub(super) fn forget_link(&mut self, link: LinkId) {
+        self.log.iter_mut().for_each(|held| held.forget_link(link));
+    }
+
+    /// Ids that are remembered.
+    #[cfg(test)]
+    pub(super) fn remembered(&self) -> usize {
+        self.order.len()
     }
 
     /// The position of the oldest held message.
@@ -262,4 +351,12 @@ fn is_queued(held: &Held) -> bool {
 
 fn cost(held: &Held) -> u64 {
     held.frames.iter().map(|frame| frame.len() as u64).sum::<u64>() + OVERHEAD_BYTES
+}
+
+fn seen_cost(envelope: &Envelope) -> u64 {
+    SEEN_BYTES + (envelope.topic.as_str().len() + envelope.origin.as_str().len()) as u64
+}
+
+fn origin_cost(identity: &SpiffeId) -> u64 {
+    SEEN_BYTES / 2 + identity.as_str().len() as u64
 }

@@ -21,6 +21,9 @@ const IN_VAIN_A_HOLDER: usize = 2;
 /// would not be sent, and count as asked.
 const MAX_ASKED_A_LINK: usize = 64;
 
+/// What came and found no room is asked for again after so many milliseconds.
+const NO_ROOM_MS: u64 = 1_000;
+
 /// A message as it was announced: an id that is announced for another tenant is another's.
 pub(super) type Key = (TenantId, MessageId);
 
@@ -176,6 +179,18 @@ impl Wanted {
     pub(super) fn put_off(&mut self, key: Key, before: usize, now: Millis) {
         let rounds = 1 + (before / MAX_ASKED_A_LINK) as u64;
         self.schedule(key, now.after(ANNOUNCE_MS * rounds));
+    }
+
+    /// It came and could not be taken: whoever sent it did answer, and is asked again after a
+    /// while.
+    pub(super) fn wait(&mut self, key: Key, now: Millis) {
+        self.schedule(key, now.after(NO_ROOM_MS));
+        if let Some(want) = self.wants.get_mut(&key) {
+            want.in_vain = 0;
+            if let Some((link, _)) = want.asked_of.take() {
+                less(&mut self.under_way, link);
+            }
+        }
     }
 
     /// Who counts as waited for, where a message cannot be asked for.

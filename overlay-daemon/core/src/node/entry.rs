@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::{Opening, SessionId};
 use crate::Millis;
-use crate::admission::Quota;
+use crate::admission::{Quota, TokenBucket};
 use crate::backoff::Backoff;
 use crate::budget::FrameBudget;
 use crate::config::{DaemonConfig, Transport};
@@ -115,6 +115,8 @@ pub(super) struct Entry {
     pub(super) quota: Quota,
     pub(super) backoff: Backoff,
     pub(super) budget: FrameBudget,
+    /// Gossip that a peer may send.
+    pub(super) gossip: Option<TokenBucket>,
     /// Useless frames that the budget has not been told of.
     pub(super) useless: u32,
     pub(super) writer_idle: bool,
@@ -149,6 +151,7 @@ impl Entry {
             quota: Quota::new(config.overlay.per_peer_rps, config.overlay.per_peer_inflight, now),
             backoff: Backoff::default(),
             budget: FrameBudget::new(now),
+            gossip: None,
             useless: 0,
             writer_idle: true,
             sendable: false,

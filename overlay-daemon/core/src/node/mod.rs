@@ -131,6 +131,8 @@ pub struct Node {
     deadlines: BTreeSet<(Millis, SessionId)>,
     outputs: VecDeque<Output>,
     jitter: Jitter,
+    /// Answers given so far.
+    answers: u64,
     /// When to look for those again.
     housekeeping_at: Millis,
 }
@@ -173,6 +175,7 @@ impl Node {
             deadlines: BTreeSet::new(),
             outputs: VecDeque::new(),
             jitter: Jitter::new(incarnation.0),
+            answers: 0,
             housekeeping_at: now.after(HOUSEKEEPING_MS),
         }
     }
@@ -192,6 +195,7 @@ impl Node {
             entry.lanes.resize(gossip.lane_depth_frames);
             if entry.lanes.is_limited() {
                 entry.lanes.limit(gossip.burst_frames, now);
+                entry.gossip = Some(pace::gossip_bucket(gossip.burst_frames, now));
             }
         }
         let ids: Vec<SessionId> = self.sessions.keys().copied().collect();
@@ -266,6 +270,12 @@ impl Node {
             _ => Refusal::new(status, "the bytes are not an OAP/1 frame"),
         };
         self.refuse_session(id, &refusal);
+    }
+
+    /// Answers and refusals given so far, all sessions: whether a frame was answered shows by it.
+    #[must_use]
+    pub fn answers(&self) -> u64 {
+        self.answers
     }
 
     /// A frame arrived. `grant` is the verdict on its capability, where it is a START.
@@ -515,6 +525,7 @@ impl Node {
     fn push(&mut self, id: SessionId, class: Class, frame: Frame) {
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let counted = counts_as_answer(&frame);
+        self.answers += u64::from(frame.flags.has(Flags::RESP) && frame.code != pace::PARTIAL);
         if entry.lanes.push(class, frame).is_err() {
             if !entry.closing {
                 entry.closing = true;

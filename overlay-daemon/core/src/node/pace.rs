@@ -6,9 +6,11 @@ use bytes::Bytes;
 use super::entry::{Kind, Upload};
 use super::{Clock, Event, Node, Output, SessionId};
 use crate::Millis;
-use crate::budget::Verdict;
+use crate::admission::TokenBucket;
+use crate::budget::{PAUSE_MS, Verdict};
 use crate::frame::{Flags, Frame, MAX_BODY};
 use crate::lanes::Class;
+use crate::record::Record;
 use crate::session::State;
 use crate::status::{Reason, Refusal, Status};
 
@@ -17,7 +19,34 @@ pub(super) const PARTIAL: u16 = 206;
 /// Milliseconds for which sessions with peers open nothing while writes are shed here.
 const PRESSURE_MS: u64 = 1_000;
 
+/// Gossip records that a peer may send a second besides the messages and chunks that its own
+/// bucket lets it send: announcements, what it asks for, prunes.
+const RECORDS_PER_SECOND: u32 = 1_000;
+/// Ids of an announcement that count as one record more.
+const IDS_A_RECORD: usize = 64;
+
+/// What a peer may send of gossip: twice what one that is configured alike sends at the most,
+/// saved up for two seconds, so that no line, however it bunches things, is slowed.
+pub(super) fn gossip_bucket(burst: u32, now: Millis) -> TokenBucket {
+    let rate = burst.saturating_mul(2).saturating_add(RECORDS_PER_SECOND);
+    TokenBucket::new(rate, rate.saturating_mul(2), now)
+}
+
 impl Node {
+    /// A gossip record is about to be looked at. The daemon waits for none of its peers, but what
+    /// one sends takes the time of all: past its bucket it is not read for a while. Nothing is
+    /// dropped, and nobody is cut off for it.
+    pub(super) fn pace_gossip(&mut self, id: SessionId, record: &Record, now: Millis) {
+        let cost = match record {
+            Record::Announce(ids) => 1 + ids.len() / IDS_A_RECORD,
+            _ => 1,
+        };
+        let Some(bucket) = self.sessions.get_mut(&id).and_then(|entry| entry.gossip.as_mut()) else { return };
+        if (0..cost).filter(|_| bucket.take(now)).count() < cost {
+            self.outputs.push_back(Output::Pause(id, now.after(PAUSE_MS)));
+        }
+    }
+
     /// A frame arrived whose payload could not be inflated, and is not there. It is refused on
     /// its stream, and a message that was under way there with it.
     pub fn handle_unread(&mut self, id: SessionId, frame: Frame, refusal: &Refusal, clock: Clock) {

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use super::pace::gossip_bucket;
 use super::{Clock, Entry, Kind, Node, Output, Party, SessionId, Wire};
 use crate::Millis;
 use crate::config::{Peer, Places};
@@ -15,6 +16,8 @@ use crate::lanes::Class;
 use crate::session::Role;
 use crate::status::{ErrorBody, Reason, Status};
 
+/// Bytes of a daemon's name, as configuration bounds them too.
+const MAX_NAME: usize = 63;
 /// After a refusal that names no time, a gossip stream is asked for again.
 const REFUSED_MS: u64 = 10_000;
 
@@ -38,6 +41,9 @@ impl Node {
             }
             return;
         };
+        if daemon.name.len() > MAX_NAME {
+            return self.drop_session(id, Some(Reason::Protocol)); // it would be kept, and is nobody's
+        }
         if daemon.incarnation == self.hello.incarnation && identity == self.identity {
             self.drop_session(id, None); // dialled ourselves
             return;
@@ -65,6 +71,7 @@ impl Node {
         let burst = self.config.gossip.burst_frames;
         if let Some(entry) = self.sessions.get_mut(&id) {
             entry.lanes.limit(burst, clock.now);
+            entry.gossip = Some(gossip_bucket(burst, clock.now));
             entry.party = Party::Peer(super::entry::Remote {
                 identity,
                 incarnation: daemon.incarnation,

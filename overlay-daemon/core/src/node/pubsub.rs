@@ -136,6 +136,9 @@ impl Node {
         if size as usize <= CHUNK {
             return Err(Refusal::new(Status::BadRequest, "up to 64 KiB a message is sent whole"));
         }
+        // An upload holds its place for as long as its chunks take: some are left for what is
+        // answered at once, or a few clients that send slowly would keep all others out.
+        self.quota.admit_long()?;
         self.admit_message(id, corr_id, size.into(), clock)
     }
 

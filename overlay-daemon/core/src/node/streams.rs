@@ -32,7 +32,8 @@ impl Node {
         }
     }
 
-    /// Decides on a START: quota first, then the capability, then what it asks for.
+    /// Decides on a START: the session's quota first, then the capability, then the daemon's
+    /// quota, then what it asks for. Whoever has no capability uses up none but their own.
     fn open(
         &mut self,
         id: SessionId,
@@ -40,12 +41,15 @@ impl Node {
         grant: Option<Result<Grant, Refusal>>,
         clock: Clock,
     ) -> Result<Option<Kind>, Refusal> {
-        self.admit(id, clock)?;
+        if let Some(entry) = self.sessions.get_mut(&id) {
+            entry.quota.admit(clock.now)?;
+        }
         let grant = grant.unwrap_or(Err(Refusal::new(Status::Unauthorized, "START carries no capability token")))?;
         self.check_key(grant.lease().signed_by)?;
         if !self.config.overlay.tenants.contains(&start.tenant) {
             return Err(Refusal::new(Status::Forbidden, "this daemon does not carry that tenant"));
         }
+        self.quota.admit(clock.now)?;
         let open: Open =
             parse(&start.payload).ok_or(Refusal::new(Status::BadRequest, "the START's payload names no operation"))?;
         match (start.app, open) {
@@ -145,6 +149,7 @@ impl Node {
             self.count_useless(id);
             return;
         };
+        self.pace_gossip(id, &record, clock.now);
         let (mut wire, engine) = self.wire();
         match engine.handle_record(link, tenant, record, (clock.unix_ms, clock.now), &mut wire) {
             Ok(deliveries) => deliveries.iter().for_each(|held| self.deliver(held)),

@@ -41,3 +41,132 @@ fn m1_subscriptions_claim_what_they_take() {
     clients.into_iter().for_each(|client| sim.nodes[0].handle_closed(client));
     assert_eq!(sim.nodes[0].memory_used(), 0);
 }
+
+/// The session by which a node has its one peer, and the stream by which that sends gossip.
+fn gossip_in(sim: &Sim, node: usize) -> (SessionId, u64) {
+    let streams = |(id, entry): (&SessionId, &Entry)| {
+        entry.session.streams().find(|(_, s)| matches!(s.kind, Kind::GossipIn)).map(|(corr_id, _)| (*id, corr_id))
+    };
+    sim.nodes[node].sessions.iter().find_map(streams).unwrap()
+}
+
+fn gossips(sim: &mut Sim, node: usize, record: &Record) {
+    let (id, corr_id) = gossip_in(sim, node);
+    let frame = Frame::new(Flags::REQ, AppProto::GOSSIP, TenantId(0), corr_id, record.encode());
+    sim.client_starts(node, id, frame, None);
+}
+
+/// G3, F6: a peer that floods with well-formed records of any kind is read ever more slowly, and
+/// not cut off; one that sends all that its bucket lets it, and asks as much as it may, is not.
+#[test]
+fn f6_a_peer_that_floods_is_slowed_and_an_honest_one_is_not() {
+    let announce = |n: u64| {
+        let ids =
+            (0..1_024).map(|id| crate::record::MessageId(blake3::hash(&[n, id].map(u64::to_be_bytes).concat()).into()));
+        Record::Announce(ids.collect())
+    };
+    let graft = |n: u64| Record::Graft { id: crate::record::MessageId([n as u8; 32]), chunks: 0 };
+    for flood in [announce as fn(u64) -> Record, graft, |_| Record::Prune] {
+        let mut sim = Sim::new(2);
+        sim.full_mesh();
+        let (id, _) = gossip_in(&sim, 0);
+        let (mut until, mut read) = (Millis(0), 0_u64);
+        for n in 0..20_000 {
+            if sim.clock().now >= until {
+                gossips(&mut sim, 0, &flood(n));
+                read += 1;
+            }
+            if n % 20 == 0 {
+                sim.run(1);
+                until = sim.paused(0, id).unwrap_or(until);
+            }
+        }
+        assert!(until > Millis(0) && read < 6_000, "{read} of 20 a millisecond");
+        assert_eq!((sim.nodes[0].peers_up(), sim.rejected(0, Reason::Quota)), (1, 0));
+    }
+    let mut sim = Sim::with(2, |config| {
+        config.overlay.per_peer_rps = 10_000;
+        config.overlay.rps = 10_000;
+    });
+    sim.full_mesh();
+    let publisher = sim.publisher(1);
+    for n in 0..4_000 {
+        publish(&mut sim, 1, publisher, 1, &Publish::Message(format!("m{n}").into()));
+        sim.run(1);
+    }
+    let (id, _) = gossip_in(&sim, 0);
+    assert_eq!(sim.paused(0, id), None);
+}
+
+fn start_of(corr_id: u64, open: &Open) -> Frame {
+    Frame::new(Flags::REQ | Flags::START, AppProto::PUBSUB, TenantId(0), corr_id, json(open))
+}
+
+fn accepted(sim: &Sim, client: SessionId) -> usize {
+    let answers = sim.client_frames(0, client);
+    answers
+        .iter()
+        .filter(|frame| frame.flags.has(Flags::RESP) && frame.code == 200 && frame.payload.len() == 32)
+        .count()
+}
+
+/// I-9, P-2: those who have no token use up their own requests a second, and not the daemon's.
+#[test]
+fn who_has_no_token_takes_nothing_from_those_who_have() {
+    let mut sim = Sim::new(1);
+    let publisher = sim.publisher(0);
+    let strangers: Vec<SessionId> = (0..5).map(|_| sim.client(0)).collect();
+    let open = Open::Publish { topic: TOPIC.parse().unwrap() };
+    for n in 0..1_000 {
+        for stranger in &strangers {
+            sim.client_says(0, *stranger, start_of(3 + 2 * n, &open), None);
+        }
+        if n % 10 == 0 {
+            publish(&mut sim, 0, publisher, 1, &Publish::Message("m".into()));
+        }
+        sim.run(1);
+    }
+    assert_eq!(accepted(&sim, publisher), 100);
+    assert_eq!((sim.nodes[0].peers_up(), sim.nodes[0].sessions.len()), (0, 6), "each within its useless frames");
+}
+
+/// F7, I-9: uploads whose chunks come as slowly as they may do not take every place in flight:
+/// others publish and subscribe, and readiness stays.
+#[test]
+fn f7_slow_uploads_leave_places_for_others() {
+    let mut sim = Sim::new(1);
+    let slow: Vec<SessionId> = (0..20).map(|_| sim.client(0)).collect();
+    let open = Open::Publish { topic: TOPIC.parse().unwrap() };
+    let begin = Publish::Begin { size: 65_537, hash: [1; 32] }.encode();
+    for client in &slow {
+        for corr_id in (3..67).step_by(2) {
+            let grant = sim.grant();
+            sim.client_says(0, *client, start_of(corr_id, &open), Some(grant));
+            sim.run(3);
+            let frame = Frame::new(Flags::REQ, AppProto::PUBSUB, TenantId(0), corr_id, begin.clone());
+            sim.client_says(0, *client, frame, None);
+        }
+    }
+    assert!((200..=256).contains(&sim.nodes[0].quota.inflight()), "{}", sim.nodes[0].quota.inflight());
+    assert!(sim.nodes[0].pressure() <= 50);
+    let (subscriber, publisher) = (sim.subscriber(0), sim.publisher(0));
+    publish(&mut sim, 0, publisher, 1, &Publish::Message("m".into()));
+    sim.run(20);
+    assert_eq!((accepted(&sim, publisher), texts(&sim.client_frames(0, subscriber)).len()), (1, 1));
+    sim.run(7_000);
+    assert_eq!(sim.nodes[0].quota.inflight(), 0);
+}
+
+/// F8: what a stranger says of itself in HELLO is kept for as long as its session lives, in case
+/// that it becomes a peer: it is as short as a name may be.
+#[test]
+fn f8_a_daemons_name_is_bounded() {
+    let mut sim = Sim::new(1);
+    for (len, sessions) in [(63, 1), (64, 1), (16_000, 1)] {
+        let holder = Holder::Certificate("spiffe://example.org/ns/a/overlaynode/stranger".parse().unwrap());
+        let daemon = DaemonHello { name: "x".repeat(len), incarnation: Incarnation(9) };
+        sim.client_as(0, holder, &Hello { ua: None, daemon: Some(daemon) });
+        sim.run(5);
+        assert_eq!(sim.nodes[0].sessions.len(), sessions, "{len}");
+    }
+}

@@ -1,0 +1,112 @@
+//! A1, A3: admin HTTP of a daemon that is attacked, and what it shows of the attack.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use overlay_core::config::Profile;
+use overlay_core::control::Open;
+use overlay_core::frame::Flags;
+use overlay_tests::oap::{Wire, request};
+use overlay_tests::on_both_profiles;
+use overlay_tests::{http, wait};
+
+use crate::probe::Probe;
+use crate::target::{Target, scale};
+
+on_both_profiles!(a3_as_many_series_as_before_whoever_came);
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Whether the daemon has closed a connection, whatever it said before.
+fn is_closed(stream: &mut TcpStream) -> Result<bool> {
+    stream.set_nonblocking(true)?;
+    let mut bytes = [0; 1024];
+    loop {
+        match stream.read(&mut bytes) {
+            Ok(0) => return Ok(true),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+            Err(_) => return Ok(true),
+        }
+    }
+}
+
+/// A1: a thousand heads that never end, some of them dripped: each is closed, by one deadline for
+/// the whole of it or to make room; probes and scrapes beside them are answered all the time.
+#[test]
+fn a1_a_thousand_partial_heads_keep_no_probe_out() -> Result<()> {
+    let mut target = Target::start(Profile::Macronode, |_| {})?;
+    let probe = Probe::start(&target)?;
+    let began = wait::now();
+    let mut heads = Vec::new();
+    for _ in 0..scale(1_000, 10_000) {
+        let mut head = TcpStream::connect(target.admin)?;
+        head.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n")?;
+        heads.push(head);
+    }
+    let mut probes = 0;
+    wait::until_true("each head to be closed", LIMIT, || {
+        for path in ["/healthz", "/readyz", "/metrics"] {
+            let status = http::get(target.admin, path).with_context(|| format!("{path} after {probes} probes"))?.status;
+            ensure!(status == 200, "{path}: {status}");
+            probes += 1;
+        }
+        let mut open = false;
+        for head in &mut heads {
+            // One more byte for each: a deadline a read would never come.
+            open |= !is_closed(head)? && head.write_all(b"x").is_ok();
+        }
+        Ok(!open)
+    })?;
+    println!("a1: {} heads closed within {:.1?}, {probes} probes answered meanwhile", heads.len(), began.elapsed());
+    probe.finish("a1")?;
+    target.assert_alive()
+}
+
+/// An admin request of any method and path; whatever is answered is no server error.
+fn odd_request(admin: SocketAddr, line: &str) -> Result<()> {
+    let mut stream = TcpStream::connect(admin)?;
+    write!(stream, "{line} HTTP/1.1\r\nhost: a\r\n\r\n")?;
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer); // may be reset with our bytes unread
+    ensure!(!answer.starts_with(b"HTTP/1.1 5"), "{line}: {}", String::from_utf8_lossy(&answer));
+    Ok(())
+}
+
+/// A3, C-5: whoever came, whatever they called themselves, asked for and were refused for: as many
+/// series as there were before anybody did.
+fn a3_as_many_series_as_before_whoever_came(profile: Profile) -> Result<()> {
+    let peers = scale(150, 100_000);
+    let mut target = Target::start(profile, |config| {
+        config.overlay.rps = 1_000_000;
+        config.overlay.per_peer_rps = 1_000_000;
+    })?;
+    let before = target.series()?;
+    let opened = target.metric("session_open_total")?;
+    for n in 0..peers {
+        let id = format!("spiffe://overlay.test/ns/test-{n}/client/client-{n}");
+        let (mut wire, _) = target.offer(&id)?.greet(target.address)?;
+        let open = Open::Publish { topic: format!("topic-{n}").parse()? };
+        ensure!(wire.start(3, &open, target.token(&id)?)? == 200);
+        ensure!(wire.start(5, &open, Bytes::new())? == 401);
+    }
+    ensure!(target.metric("session_open_total")? == opened + peers as f64);
+    for n in 0..peers {
+        odd_request(target.admin, &format!("METHOD{n} /metrics"))?;
+        odd_request(target.admin, &format!("GET /path-{n}?query={n}"))?;
+    }
+    // A refusal of each kind that one client can cause.
+    let mut wire = Wire::local(&target.socket())?;
+    for (corr_id, flags) in [(3, Flags::default()), (0, Flags::START), (5, Flags::EVENT), (7, Flags::COMP)] {
+        wire.send(&request(corr_id, flags, Bytes::from_static(b"odd")))?;
+        ensure!(wire.receive()?.context("it closed")?.code == 400);
+    }
+    let began = wait::now();
+    let after = target.series()?;
+    println!("a3: {after} series after {peers} peers, methods and paths; a scrape takes {:.1?}", began.elapsed());
+    ensure!(after == before, "{after} series, {before} before");
+    target.assert_alive()
+}

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
@@ -20,22 +20,27 @@ use serde_json::Value;
 
 /// The daemons that run from the start.
 pub(crate) const NAMES: [&str; 3] = ["a", "b", "c"];
+/// One that a case starts behind an onion service of its own, and no peer of those.
+pub(crate) const HARBOUR: &str = "harbour";
 /// One that a case starts: `a` knows it, and cannot reach it.
 pub(crate) const LATE: &str = "late";
 
 pub(crate) struct World {
     // Before the network: their sessions go by it.
     daemons: Vec<Daemon>,
+    /// Where the onion service of [`HARBOUR`] forwards to.
+    pub(crate) harbour: SocketAddr,
     pub(crate) network: Network,
     pub(crate) authority: Arc<Authority>,
 }
 
 impl World {
     pub(crate) fn start() -> Result<Self> {
-        let ports: [u16; NAMES.len()] = free_ports()?;
+        let ports: [u16; NAMES.len() + 1] = free_ports()?;
         let forwards = ports.map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
         let network = Network::start(&forwards)?;
-        let mut world = Self { daemons: Vec::new(), network, authority: Arc::new(Authority::new()?) };
+        let (authority, harbour) = (Arc::new(Authority::new()?), forwards[NAMES.len()]);
+        let mut world = Self { daemons: Vec::new(), harbour, network, authority };
         for (name, forward) in NAMES.iter().zip(forwards) {
             let others = NAMES.iter().filter(|other| *other != name);
             let mut peers = others.map(|other| world.peer(other)).collect::<Result<Vec<_>>>()?;
@@ -66,6 +71,11 @@ impl World {
         Ok(daemon)
     }
 
+    /// The onion service of [`HARBOUR`].
+    pub(crate) fn harbour_onion(&self) -> Result<String> {
+        self.network.onion(NAMES.len())
+    }
+
     /// One of [`NAMES`], as a peer by its onion service.
     pub(crate) fn peer(&self, name: &str) -> Result<Peer> {
         let index = NAMES.iter().position(|known| *known == name).with_context(|| format!("no daemon {name}"))?;
@@ -82,14 +92,20 @@ fn peer(name: &str, address: &str) -> Result<Peer> {
     Ok(Peer { name: name.to_owned(), address: address.to_owned(), identity, transport: Transport::Tor })
 }
 
-fn token_file(daemon: &Daemon) -> PathBuf {
+/// The token of the daemon's local clients.
+pub(crate) fn token_file(daemon: &Daemon) -> PathBuf {
     daemon.folder().join("local-token")
 }
 
 fn command(daemon: &Daemon, arguments: &[&str]) -> Result<Command> {
+    command_at(&daemon.socket(), &token_file(daemon), arguments)
+}
+
+/// `overlay-daemon`, of the daemon that has this socket.
+pub(crate) fn command_at(socket: &Path, token: &Path, arguments: &[&str]) -> Result<Command> {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(programs::built("overlay-daemon")?).args(arguments);
-    command.arg("--socket").arg(daemon.socket()).arg("--token-file").arg(token_file(daemon)).stdin(Stdio::null());
+    command.arg("--socket").arg(socket).arg("--token-file").arg(token).stdin(Stdio::null());
     Ok(command)
 }
 

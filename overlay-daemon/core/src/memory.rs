@@ -5,7 +5,7 @@
 //! | what | counted as | where it is bounded |
 //! | --- | --- | --- |
 //! | a session | [`SESSION_BYTES`] | refused at HELLO once the budget is used up |
-//! | a session over QUIC | twice [`QUIC_WINDOW_BYTES`] more | its flow control |
+//! | a session over QUIC | [`QUIC_BYTES`] more | its flow control |
 //! | a queued frame | [`FRAME_BYTES`]; its own payload too where it answers | `lanes` |
 //! | what a writer has | its bytes encoded, at most [`WRITE_BYTES`] | `Lanes::take` |
 //! | an upload under way | the size that it announced | refused at its Begin |
@@ -25,9 +25,11 @@ use crate::admission::percent;
 /// A session at rest: its tasks, TLS state and maps. A bare rustls session keeps about 18 KiB.
 pub const SESSION_BYTES: u64 = 16 * 1024;
 /// Bytes that a QUIC session may hold each way besides: what was sent and not acknowledged, and
-/// what has come and was not read. TCP has the kernel hold them. Claimed whole, since QUIC does
-/// not tell what it holds.
+/// what has come and was not read. TCP has the kernel hold them.
 pub const QUIC_WINDOW_BYTES: u64 = 64 * 1024;
+/// What a QUIC session takes more than another, at the most: both windows, claimed whole since
+/// QUIC does not tell what it holds, and the connection's own state, 40 KiB as measured.
+pub const QUIC_BYTES: u64 = 2 * QUIC_WINDOW_BYTES + 40 * 1024;
 /// A queued frame besides its payload: the frame itself, and its part of the queue's spare room.
 pub const FRAME_BYTES: u64 = 2 * size_of::<crate::frame::Frame>() as u64;
 /// Bytes that a writer encodes at a time; a larger frame goes alone.

@@ -16,7 +16,7 @@ use bytes::{Bytes, BytesMut};
 use overlay_core::config::Transport;
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::grant::{Grant, Holder};
-use overlay_core::memory::{QUIC_WINDOW_BYTES, WRITE_BYTES};
+use overlay_core::memory::{QUIC_BYTES, WRITE_BYTES};
 use overlay_core::node::{Opening, SessionId};
 use overlay_core::status::{Reason, Refusal, Status};
 use overlay_core::{codec, compress};
@@ -103,7 +103,7 @@ impl Context {
             transport: Some(connection.transport),
             buffers: match connection.transport {
                 Transport::Tcp | Transport::Tor => 0,
-                Transport::Quic => 2 * QUIC_WINDOW_BYTES,
+                Transport::Quic => QUIC_BYTES,
             },
             group: connection.group.label(),
             handshake_ends: self.clock.millis(connection.deadline),

@@ -1,4 +1,4 @@
-//! T1, T7, T8, T9, T10: what costs a daemon something over QUIC before anybody has shown who they are, and
+//! T1, T7, T8, T9, T10, M1: what costs a daemon something over QUIC before anybody has shown who they are, and
 //! what a stream may cost it afterwards.
 
 use std::time::Duration;
@@ -7,7 +7,7 @@ use anyhow::{Result, bail, ensure};
 use bytes::BytesMut;
 use overlay_core::codec;
 use overlay_core::config::{DaemonConfig, Profile, Transport};
-use overlay_core::memory::QUIC_WINDOW_BYTES;
+use overlay_core::memory::{QUIC_BYTES, QUIC_WINDOW_BYTES, SESSION_BYTES};
 use overlay_tests::oap::{Offer, Wire, hello};
 use overlay_tests::packets::{Attacker, Came, Level, parameters, varint};
 use overlay_tests::{quic, wait};
@@ -332,5 +332,30 @@ fn t10_early_data_over_quic_opens_nothing() -> Result<()> {
     })?;
     ensure!(!streamed, "something on a stream came back");
     ensure!(target.metric("session_open_total")? == opened, "a session was opened");
+    target.assert_alive()
+}
+
+/// M1: sessions at rest take less than is claimed for them, and what is claimed is given back.
+#[test]
+fn m1_sessions_over_quic_take_what_is_claimed() -> Result<()> {
+    let mut target = target(|_| {})?;
+    let (offer, address) = (target.offer(HONEST)?, target.listens(Transport::Quic)?);
+    let count = scale(100, 2_000);
+    let memory = || target.metric("overlay_memory_bytes");
+    // The first one brings what all share.
+    drop(offer.greet_over(Transport::Quic, address)?);
+    wait::until_true("nothing to be claimed", LIMIT, || Ok(memory()? == 0.0))?;
+    let before = target.resident_kib()?;
+    let mut sessions = Vec::new();
+    for _ in 0..count {
+        sessions.push(offer.greet_over(Transport::Quic, address)?);
+    }
+    let claim = count as u64 * (SESSION_BYTES + QUIC_BYTES);
+    wait::until_true("all of them to be claimed for", LIMIT, || Ok(memory()? >= claim as f64))?;
+    let taken = target.resident_kib()?.saturating_sub(before);
+    println!("m1: {count} sessions over QUIC take {taken} KiB, {} KiB are claimed", claim / 1_024);
+    ensure!(taken * 1_024 <= claim, "{taken} KiB for {count} sessions");
+    drop(sessions);
+    wait::until_true("it to be given back", LIMIT, || Ok(memory()? == 0.0))?;
     target.assert_alive()
 }

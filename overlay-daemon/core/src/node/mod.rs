@@ -23,6 +23,7 @@ use bytes::Bytes;
 use crate::Millis;
 use crate::admission::Quota;
 use crate::backoff::Jitter;
+use crate::budget::FRAMES_PER_START;
 use crate::config::{DaemonConfig, PeersConfig, Places, Transport};
 use crate::control::{DaemonHello, Hello, HelloReply, Incarnation};
 use crate::frame::{AppProto, Flags, Frame};

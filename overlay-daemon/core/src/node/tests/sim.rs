@@ -131,7 +131,7 @@ impl Sim {
             holder: Holder::Certificate(identity(of)),
             dialled,
             transport: Some(Transport::Quic),
-            buffers: 2 * crate::memory::QUIC_WINDOW_BYTES,
+            buffers: crate::memory::QUIC_BYTES,
             group: "hybrid",
             handshake_ends,
         };

@@ -182,6 +182,33 @@ fn t8_duplicate_initials_are_answered_three_times_at_most() -> Result<()> {
     target.assert_alive()
 }
 
+/// T8: what is no packet, of another version, or of no connection, in every size: never more comes
+/// back than was sent.
+#[test]
+fn t8_what_is_no_packet_is_not_reflected() -> Result<()> {
+    let mut target = target(|_| {})?;
+    let offer = target.offer(HONEST)?;
+    let mut stranger = attacker(&target, &offer, parameters())?;
+    for first in [0x00, 0x40, 0x7f, 0x80, 0xc0, 0xd0, 0xe0, 0xf0, 0xff] {
+        for version in [[0; 4], [0, 0, 0, 1], [0x0a; 4], [0xff, 0, 0, 29]] {
+            for size in [1, 5, 6, 20, 21, 43, 100, 1_199, 1_200, 1_400] {
+                let mut datagram = vec![first];
+                datagram.extend(version);
+                datagram.extend([20; 1_400]);
+                datagram.truncate(size);
+                let before = stranger.received_bytes(Duration::from_millis(1))?;
+                stranger.send(&datagram)?;
+                let after = stranger.received_bytes(Duration::from_millis(2))?;
+                ensure!(after - before <= 3 * size, "{} for {size} of {first:#x}", after - before);
+            }
+        }
+    }
+    println!("t8: {} bytes came back for {}", stranger.received, stranger.sent);
+    ensure!(stranger.received <= stranger.sent, "{} for {}", stranger.received, stranger.sent);
+    is_honest_served(&target, &offer)?;
+    target.assert_alive()
+}
+
 /// T8: with every handshake taken by callers who do not go on, the next is asked to show its
 /// address, for less than it sent; who does is served, and so are honest ones.
 #[test]

@@ -265,6 +265,24 @@ impl Attacker {
         Ok(())
     }
 
+    /// Takes in what comes for so long after the last, whatever it is. How many bytes have come.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn received_bytes(&mut self, wait: Duration) -> Result<usize> {
+        self.socket.set_read_timeout(Some(wait))?;
+        let mut datagram = [0; 65_535];
+        loop {
+            match self.socket.recv(&mut datagram) {
+                Ok(length) => self.received += length,
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    return Ok(self.received);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
     /// What came in the next datagram, without an answer to it.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use quinn::Endpoint;
+use quinn::{ConnectError, Connecting, Endpoint};
 use tokio::net::lookup_host;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -33,6 +33,12 @@ impl Endpoints {
         let from: SocketAddr =
             if to.is_ipv6() { (Ipv6Addr::UNSPECIFIED, 0).into() } else { (Ipv4Addr::UNSPECIFIED, 0).into() };
         Ok(slot.insert(Endpoint::client(from)?).clone())
+    }
+
+    /// One has failed for good: the next dial makes another.
+    fn forget(&self, to: SocketAddr) {
+        let mut made = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        made[usize::from(to.is_ipv6())] = None;
     }
 
     /// Waits until who was dialled has been told that it is over, or could have been.
@@ -70,7 +76,17 @@ pub async fn dial_quic(
                 continue;
             }
         };
-        let shaken = timeout_at(deadline, handshake(&endpoint, to, keys, config, deadline)).await;
+        let dialled = match begin(&endpoint, to, keys) {
+            Ok(dialled) => dialled,
+            Err(error) => {
+                if matches!(error, HandshakeError::Gone) {
+                    endpoints.forget(to);
+                }
+                last = DialError::Handshake { address: address.to_owned(), source: error };
+                continue;
+            }
+        };
+        let shaken = timeout_at(deadline, handshake(dialled, deadline)).await;
         match shaken.unwrap_or(Err(HandshakeError::Timeout)) {
             Ok(connection) => return Ok(connection),
             Err(source) => last = DialError::Handshake { address: address.to_owned(), source },
@@ -79,18 +95,17 @@ pub async fn dial_quic(
     Err(last)
 }
 
-async fn handshake(
-    endpoint: &Endpoint,
-    to: SocketAddr,
-    keys: &KeySet,
-    config: &TransportConfig,
-    deadline: Instant,
-) -> Result<Connection, HandshakeError> {
+fn begin(endpoint: &Endpoint, to: SocketAddr, keys: &KeySet) -> Result<Connecting, HandshakeError> {
     let client = keys.quic().ok_or(HandshakeError::NotHybrid)?.client();
     let mut dialling = quinn::ClientConfig::new(client.clone());
-    dialling.transport_config(parameters(config, 0));
-    let connecting =
-        endpoint.connect_with(dialling, to, NO_NAME).map_err(|error| HandshakeError::Io(io::Error::other(error)))?;
+    dialling.transport_config(parameters(0));
+    endpoint.connect_with(dialling, to, NO_NAME).map_err(|error| match error {
+        ConnectError::EndpointStopping => HandshakeError::Gone,
+        error => HandshakeError::Io(io::Error::other(error)),
+    })
+}
+
+async fn handshake(connecting: Connecting, deadline: Instant) -> Result<Connection, HandshakeError> {
     let connection = connecting.await?;
     let stream = connection.open_bi().await?;
     establish(&connection, stream, deadline)

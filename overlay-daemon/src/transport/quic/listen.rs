@@ -33,6 +33,15 @@ pub struct QuicListener {
     timing: Timing,
     clock: Clock,
     handshakes: Arc<Handshakes>,
+    max_pending: usize,
+}
+
+/// Callers that are not answered yet, and what they may have sent.
+fn bound(accepting: &mut quinn::ServerConfig, config: &TransportConfig) {
+    accepting
+        .max_incoming(config.max_pending)
+        .incoming_buffer_size(INCOMING_BYTES)
+        .incoming_buffer_size_total(INCOMING_BYTES.saturating_mul(config.max_pending as u64) / 4);
 }
 
 impl QuicListener {
@@ -44,17 +53,14 @@ impl QuicListener {
         let timing = timing.into();
         let config = timing.now();
         let mut accepting = quinn::ServerConfig::with_crypto(keys.server().clone());
-        accepting
-            // A daemon stays where it is; who turns up elsewhere dials anew.
-            .migration(false)
-            .max_incoming(config.max_pending)
-            .incoming_buffer_size(INCOMING_BYTES)
-            .incoming_buffer_size_total(INCOMING_BYTES.saturating_mul(config.max_pending as u64) / 4);
+        // A daemon stays where it is; who turns up elsewhere dials anew.
+        accepting.migration(false);
+        bound(&mut accepting, &config);
         let socket = UdpSocket::bind(address)?;
         let runtime = Arc::new(TokioRuntime);
         let endpoint = Endpoint::new(EndpointConfig::default(), Some(accepting.clone()), socket, runtime)?;
         let handshakes = Handshakes::new(config.max_handshakes_in_flight, config.max_pending);
-        Ok(Self { endpoint, accepting, timing, clock, handshakes })
+        Ok(Self { endpoint, accepting, timing, clock, handshakes, max_pending: config.max_pending })
     }
 
     /// Where it listens.
@@ -70,9 +76,7 @@ impl QuicListener {
         loop {
             let incoming = self.endpoint.accept().await?;
             let config = self.timing.now();
-            if config.max_handshakes_in_flight != self.handshakes.most {
-                self.handshakes = Handshakes::new(config.max_handshakes_in_flight, config.max_pending);
-            }
+            self.keep_to(&config);
             if self.handshakes.are_many() && !incoming.remote_address_validated() {
                 // It may be asked: its address has not been shown.
                 let _asked = incoming.retry();
@@ -86,6 +90,17 @@ impl QuicListener {
                 config,
                 handshakes: Arc::clone(&self.handshakes),
             });
+        }
+    }
+
+    /// Takes up bounds that have changed.
+    fn keep_to(&mut self, config: &TransportConfig) {
+        let bounds = (config.max_handshakes_in_flight, config.max_pending);
+        if bounds != (self.handshakes.most, self.max_pending) {
+            self.max_pending = config.max_pending;
+            self.handshakes = Handshakes::new(config.max_handshakes_in_flight, config.max_pending);
+            bound(&mut self.accepting, config);
+            self.endpoint.set_server_config(Some(self.accepting.clone()));
         }
     }
 
@@ -130,7 +145,7 @@ impl QuicAccepted {
         let Self { incoming, mut accepting, config, deadline, handshakes, .. } = self;
         // Dropped, a caller is refused: one datagram, less than its own.
         accepting.crypto = keys.quic().ok_or(HandshakeError::NotHybrid)?.server().clone();
-        accepting.transport = parameters(&config, 1);
+        accepting.transport = parameters(1);
         let turn = handshakes.turn().await?;
         let mut connecting = incoming.accept_with(Arc::new(accepting))?;
         let gives_way = async {

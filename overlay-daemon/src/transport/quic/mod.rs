@@ -12,7 +12,7 @@ use std::task::{Context, Poll, ready};
 
 use overlay_core::config::Transport;
 use overlay_core::memory::QUIC_WINDOW_BYTES;
-use quinn::{ConnectionError, IdleTimeout, RecvStream, SendStream, StoppedError, VarInt};
+use quinn::{ConnectionError, IdleTimeout, RecvStream, SendStream, StoppedError, TransportErrorCode, VarInt};
 use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
@@ -31,8 +31,12 @@ pub use listen::{QuicAccepted, QuicListener};
 /// Bytes of TLS that may come ahead of what it waits for: a chain of certificates, out of order.
 const CRYPTO_BYTES: usize = 16 * 1024;
 
+/// The most that `overlay.idle_timeout_ms` may be. A session ends by its own idle timeout, which
+/// may change while it lives, and QUIC's may not.
+const LONGEST_IDLE_MS: u32 = 3_600_000;
+
 /// What both sides hold a connection to. `streams` is how many the other side may open.
-fn parameters(config: &TransportConfig, streams: u8) -> Arc<quinn::TransportConfig> {
+fn parameters(streams: u8) -> Arc<quinn::TransportConfig> {
     let window = u32::try_from(QUIC_WINDOW_BYTES).unwrap_or(u32::MAX);
     let mut parameters = quinn::TransportConfig::default();
     parameters
@@ -43,8 +47,7 @@ fn parameters(config: &TransportConfig, streams: u8) -> Arc<quinn::TransportConf
         .receive_window(VarInt::from(window))
         .send_window(QUIC_WINDOW_BYTES)
         .crypto_buffer_size(CRYPTO_BYTES)
-        // Sessions ping by themselves; this is for who is gone without a word.
-        .max_idle_timeout(IdleTimeout::try_from(config.idle).ok());
+        .max_idle_timeout(Some(IdleTimeout::from(VarInt::from(LONGEST_IDLE_MS))));
     Arc::new(parameters)
 }
 
@@ -137,6 +140,7 @@ impl From<ConnectionError> for HandshakeError {
             ConnectionError::Reset | ConnectionError::LocallyClosed | ConnectionError::ApplicationClosed(_) => {
                 Self::Gone
             }
+            ConnectionError::ConnectionClosed(close) if close.error_code == TransportErrorCode::NO_ERROR => Self::Gone,
             ConnectionError::CidsExhausted => Self::Busy,
             ConnectionError::VersionMismatch
             | ConnectionError::TransportError(_)

@@ -287,7 +287,7 @@ impl Turn {
             self.node.handle_timeout(time);
         }
         // Before what goes out: it may queue what no peer has yet.
-        let drained = self.node.is_draining() && self.node.poll_drained();
+        let drained = self.node.is_draining() && self.node.poll_drained(time.now);
         while let Some((id, batch)) = self.node.poll_transmit(time.now) {
             // The writer said that it is free, so its one place is. A writer that is gone
             // is told of by its session's end.

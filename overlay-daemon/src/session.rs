@@ -16,10 +16,11 @@ use bytes::{Bytes, BytesMut};
 use overlay_core::config::Transport;
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::grant::{Grant, Holder};
-use overlay_core::memory::{QUIC_WINDOW_BYTES, WRITE_BYTES};
+use overlay_core::memory::{QUIC_BYTES, WRITE_BYTES};
 use overlay_core::node::{Opening, SessionId};
 use overlay_core::status::{Reason, Refusal, Status};
 use overlay_core::{codec, compress};
+pub use overlay_shared::{ReadBytes, Reading};
 use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
@@ -41,45 +42,6 @@ const READ_BYTES: usize = 64 * 1024;
 const REST_BYTES: usize = 4 * 1024;
 /// For how long the other side of a closed session may go on sending.
 const LINGER: Duration = Duration::from_secs(1);
-
-/// Bytes that all readers' buffers take, and the frames that wait for the hub.
-#[derive(Clone, Debug, Default)]
-pub struct Reading(Arc<AtomicU64>);
-
-impl Reading {
-    /// How many.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    fn hold(&self, bytes: usize) -> ReadBytes {
-        let mut held = ReadBytes { all: self.clone(), bytes: 0 };
-        held.set(bytes);
-        held
-    }
-}
-
-/// A part of them, given back when it is dropped.
-#[derive(Debug)]
-pub struct ReadBytes {
-    all: Reading,
-    bytes: u64,
-}
-
-impl ReadBytes {
-    fn set(&mut self, bytes: usize) {
-        let bytes = bytes as u64;
-        self.all.0.fetch_add(bytes, Ordering::Relaxed);
-        self.all.0.fetch_sub(std::mem::replace(&mut self.bytes, bytes), Ordering::Relaxed);
-    }
-}
-
-impl Drop for ReadBytes {
-    fn drop(&mut self) {
-        self.set(0);
-    }
-}
 
 /// What every session needs.
 #[derive(Clone)]
@@ -141,7 +103,7 @@ impl Context {
             transport: Some(connection.transport),
             buffers: match connection.transport {
                 Transport::Tcp | Transport::Tor => 0,
-                Transport::Quic => 2 * QUIC_WINDOW_BYTES,
+                Transport::Quic => QUIC_BYTES,
             },
             group: connection.group.label(),
             handshake_ends: self.clock.millis(connection.deadline),

@@ -1,4 +1,4 @@
-//! T8, T9, T10: what costs a daemon something over QUIC before anybody has shown who they are, and
+//! T1, T7, T8, T9, T10, M1: what costs a daemon something over QUIC before anybody has shown who they are, and
 //! what a stream may cost it afterwards.
 
 use std::time::Duration;
@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::{Result, bail, ensure};
 use bytes::BytesMut;
 use overlay_core::codec;
-use overlay_core::config::{DaemonConfig, Transport};
-use overlay_core::memory::QUIC_WINDOW_BYTES;
+use overlay_core::config::{DaemonConfig, Profile, Transport};
+use overlay_core::memory::{QUIC_BYTES, QUIC_WINDOW_BYTES, SESSION_BYTES};
 use overlay_tests::oap::{Offer, Wire, hello};
 use overlay_tests::packets::{Attacker, Came, Level, parameters, varint};
 use overlay_tests::{quic, wait};
@@ -24,7 +24,7 @@ const MAYBE: Duration = Duration::from_millis(20);
 const HONEST: &str = "spiffe://overlay.test/ns/test/client/honest";
 
 fn target(change: impl FnOnce(&mut DaemonConfig)) -> Result<Target> {
-    Target::start(|config| {
+    Target::start(Profile::Macronode, |config| {
         config.overlay.listen_quic = Some(config.overlay.listen);
         change(config);
     })
@@ -48,6 +48,65 @@ fn drain(attacker: &mut Attacker) -> Result<bool> {
             return Ok(closed);
         }
     }
+}
+
+/// T1: callers that send half a hello and no more, over and over: each gives way to the next, and
+/// honest handshakes beside them all succeed, though there are many more of the silent than
+/// handshakes that may be under way.
+#[test]
+fn t1_half_hellos_over_quic_give_way() -> Result<()> {
+    let mut target = target(|config| config.overlay.max_handshakes_in_flight = 4)?;
+    let (probe, offer) = (Probe::start(&target)?, target.offer(HONEST)?);
+    let mut silent = Vec::new();
+    for number in 0..scale(200, 5_000) {
+        let mut attacker = attacker(&target, &offer, parameters())?;
+        let hello = attacker.hello();
+        attacker.half(&hello)?;
+        if number % 10 == 9 {
+            is_honest_served(&target, &offer)?;
+        }
+        silent.push((attacker, hello));
+    }
+    // Who is asked for its address shows it, and still says only half.
+    let mut asked = 0;
+    for (attacker, hello) in &mut silent {
+        if attacker.receive(MAYBE)?.contains(&Came::Retry) {
+            attacker.half(hello)?;
+            asked += 1;
+        }
+        ensure!(attacker.received <= 3 * attacker.sent, "{} for {}", attacker.received, attacker.sent);
+    }
+    // As many wait as may: an honest one may be told to come again.
+    wait::until_true("an honest handshake", LIMIT, || Ok(is_honest_served(&target, &offer).is_ok()))?;
+    println!("t1: {} callers said half a hello over QUIC, {asked} were asked for their address", silent.len());
+    probe.finish("t1")?;
+    target.assert_alive()
+}
+
+/// T7: handshakes over QUIC in mass, none of which goes on after its hello: so many at a time, the
+/// rest is asked for its address or refused; who is honest is served in the end.
+#[test]
+fn t7_handshakes_over_quic_in_mass_are_taken_a_few_at_a_time() -> Result<()> {
+    let mut target = target(|config| {
+        config.overlay.max_handshakes_in_flight = 4;
+        config.overlay.handshake_timeout_ms = 1_000;
+    })?;
+    let (probe, offer) = (Probe::start(&target)?, target.offer(HONEST)?);
+    let (mut all, mut asked) = (Vec::new(), 0);
+    for _ in 0..scale(300, 5_000) {
+        let mut attacker = attacker(&target, &offer, parameters())?;
+        attacker.begin()?;
+        all.push(attacker);
+    }
+    for attacker in &mut all {
+        asked += usize::from(attacker.receive(MAYBE)?.contains(&Came::Retry));
+        ensure!(attacker.received <= 3 * attacker.sent, "{} for {}", attacker.received, attacker.sent);
+    }
+    ensure!(asked > all.len() / 2, "{asked} of {} were asked for their address", all.len());
+    wait::until_true("an honest handshake", LIMIT, || Ok(is_honest_served(&target, &offer).is_ok()))?;
+    println!("t7: {asked} of {} handshakes over QUIC were asked for their address", all.len());
+    probe.finish("t7")?;
+    target.assert_alive()
 }
 
 /// T8: transport parameters cut off at every byte, and their numbers at the edges: refused with
@@ -273,5 +332,30 @@ fn t10_early_data_over_quic_opens_nothing() -> Result<()> {
     })?;
     ensure!(!streamed, "something on a stream came back");
     ensure!(target.metric("session_open_total")? == opened, "a session was opened");
+    target.assert_alive()
+}
+
+/// M1: sessions at rest take less than is claimed for them, and what is claimed is given back.
+#[test]
+fn m1_sessions_over_quic_take_what_is_claimed() -> Result<()> {
+    let mut target = target(|_| {})?;
+    let (offer, address) = (target.offer(HONEST)?, target.listens(Transport::Quic)?);
+    let count = scale(100, 2_000);
+    let memory = || target.metric("overlay_memory_bytes");
+    // The first one brings what all share.
+    drop(offer.greet_over(Transport::Quic, address)?);
+    wait::until_true("nothing to be claimed", LIMIT, || Ok(memory()? == 0.0))?;
+    let before = target.resident_kib()?;
+    let mut sessions = Vec::new();
+    for _ in 0..count {
+        sessions.push(offer.greet_over(Transport::Quic, address)?);
+    }
+    let claim = count as u64 * (SESSION_BYTES + QUIC_BYTES);
+    wait::until_true("all of them to be claimed for", LIMIT, || Ok(memory()? >= claim as f64))?;
+    let taken = target.resident_kib()?.saturating_sub(before);
+    println!("m1: {count} sessions over QUIC take {taken} KiB, {} KiB are claimed", claim / 1_024);
+    ensure!(taken * 1_024 <= claim, "{taken} KiB for {count} sessions");
+    drop(sessions);
+    wait::until_true("it to be given back", LIMIT, || Ok(memory()? == 0.0))?;
     target.assert_alive()
 }

@@ -184,3 +184,39 @@ fn a_policy_without_keys_is_not_said_to_be_running(profile: Profile) -> Result<(
     target.changed("config", &was)?;
     Ok(())
 }
+
+/// QUIC takes the hybrid key exchange: a policy without it is not taken up while QUIC is accepted
+/// or a peer is dialled over it, the field is named, and sessions go on.
+#[test]
+fn quic_keeps_the_hybrid_key_exchange() -> Result<()> {
+    let spec = "replicas: 2, readiness: {minPeers: 1}, transports: {quic: {enabled: true}}, peers: {transport: QUIC}";
+    let mesh = Mesh::start(&one_mesh("two", Profile::Micronode, spec), &[])?;
+    let daemon = mesh.ready()?.remove(0);
+    let target = Target { mesh, daemon };
+    let was = target.running("config")?;
+    target.edit("overlay.toml", "\"RequireHybrid\"", "\"PreferHybrid\"")?;
+    let failed = "overlay_config_reloads_total{result=\"failed\"";
+    wait::until_true("the new policy to be refused", LIMIT, || {
+        let metrics = target.metrics()?;
+        let line = metrics.lines().find(|line| line.starts_with(failed));
+        Ok(line.is_some_and(|line| !line.ends_with(" 0")))
+    })?;
+    let log = target.mesh.operator.log();
+    ensure!(log.contains("tls.key_exchange: must be RequireHybrid with overlay.listen_quic"), "{log}");
+    ensure!(target.running("config")? == was, "another configuration is running");
+
+    let check = |file: &str| {
+        let mut command = Command::new(programs::built("overlay-daemon")?);
+        command.arg("check").arg("--config").arg(target.file("overlay.toml")).arg("--peers").arg(target.file(file));
+        anyhow::Ok(String::from_utf8_lossy(&command.output()?.stderr).into_owned())
+    };
+    let peers = format!("peers-{}.toml", target.daemon.name);
+    target.edit("overlay.toml", "listen_quic", "# listen_quic")?;
+    let said = check(&peers)?;
+    ensure!(said.contains("peer[0].transport: must be TCP, or tls.key_exchange RequireHybrid"), "{said}");
+    target.edit("overlay.toml", "\"PreferHybrid\"", "\"RequireHybrid\"")?;
+    let said = check(&peers)?;
+    ensure!(said.is_empty(), "{said}");
+    ensure!(http::get(target.daemon.admin, "/readyz")?.status == 200, "the session goes on");
+    Ok(())
+}

@@ -250,6 +250,14 @@ impl Attacker {
         self.send_all(Level::Initial, &hello)
     }
 
+    /// Says the first half of it.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn half(&mut self, hello: &[u8]) -> Result<()> {
+        self.send_all(Level::Initial, &hello[..hello.len() / 2])
+    }
+
     fn send_all(&mut self, level: Level, bytes: &[u8]) -> Result<()> {
         for datagram in self.say(level, bytes)? {
             self.send(&datagram)?;

@@ -139,7 +139,7 @@ impl Store {
 
     fn missing(&self, name: &str) -> Problem {
         let message = format!(
-            "Secret {name} is missing from namespace {}, and OverlayNodes have certificates of it: restore it from a backup; another is only made once no OverlayNode has status.tls",
+            "Secret {name} is missing from namespace {}, and OverlayNodes have certificates of it: restore it from a backup, or copy it from the namespace of the release that made it; without either, delete every OverlayNode and apply them again: only then is another made",
             self.namespace
         );
         Problem { reason: Reason::CaMissing, message }

@@ -9,6 +9,9 @@ use crate::admission::TokenBucket;
 pub const FRAMES_PER_SECOND: u32 = 1_000;
 /// As many at once: all chunks of two dozen messages, refused while they were under way.
 pub const FRAMES_AT_ONCE: u32 = 4_000;
+/// For how many of them a START counts that is refused: its token was verified, at the price of
+/// a signature, before any quota could be asked.
+pub const FRAMES_PER_START: u32 = 5;
 /// Milliseconds for which nothing is read once they are used up.
 pub const PAUSE_MS: u64 = 100;
 /// Milliseconds of pauses after which the session ends.

@@ -1,7 +1,7 @@
 //! Which set of keys is current. A new set replaces the old when all of it is valid; until
 //! then the old one stays, and whoever watches is told once.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use overlay_core::config::{KeyExchange, Tls, Token};
@@ -78,14 +78,13 @@ impl Keys {
     /// Makes a set for another policy, for handshakes to come. False, and the old policy stays,
     /// where the files hold nothing usable now. Blocks on them.
     pub fn handle_key_exchange(&self, policy: KeyExchange, unix_ms: u64) -> bool {
-        let set = |policy| {
-            let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut seen.key_exchange, policy)
-        };
-        let old = set(policy);
-        let taken = matches!(self.reload(unix_ms), Reload::Replaced | Reload::Unchanged);
+        // One turn of the lock: the files are also looked at by the clock, and a look in between
+        // would take up a policy that is about to be taken back.
+        let mut seen = self.lock();
+        let old = std::mem::replace(&mut seen.key_exchange, policy);
+        let taken = matches!(self.look(&mut seen, unix_ms), Reload::Replaced | Reload::Unchanged);
         if !taken {
-            set(old);
+            seen.key_exchange = old;
         }
         taken
     }
@@ -136,12 +135,19 @@ impl Keys {
     }
 
     fn forget_refusal(&self) {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).refused = None;
+        self.lock().refused = None;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Looks at the files once. Blocks on them.
     pub(super) fn reload(&self, unix_ms: u64) -> Reload {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        self.look(&mut self.lock(), unix_ms)
+    }
+
+    fn look(&self, seen: &mut Seen, unix_ms: u64) -> Reload {
         let tls = Tls { key_exchange: seen.key_exchange, ..self.tls.clone() };
         let sources = Sources::new(&tls, &self.token);
         let (digest, built) = match Contents::read(&sources) {

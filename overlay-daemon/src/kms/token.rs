@@ -3,13 +3,13 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use jsonwebtoken::{Algorithm, DecodingKey, Header, Validation, decode, decode_header};
-use lru::LruCache;
 use overlay_core::frame::MAX_CAP;
 use overlay_core::grant::{Claims, Grant, Holder, SignedBy, TokenKey};
 use overlay_core::status::{Refusal, Status};
+use overlay_shared::Remembered;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use tokio::sync::watch;
@@ -147,18 +147,12 @@ impl Jwk {
 #[derive(Clone)]
 pub struct Verifier {
     keys: watch::Receiver<Arc<KeySet>>,
-    cache: Arc<Mutex<Cache>>,
-}
-
-struct Cache {
-    generation: u64,
-    claims: LruCache<blake3::Hash, Signed>,
+    cache: Remembered<blake3::Hash, Signed>,
 }
 
 impl Verifier {
     pub(super) fn new(keys: watch::Receiver<Arc<KeySet>>) -> Self {
-        let cache = Cache { generation: 0, claims: LruCache::new(CACHED_TOKENS) };
-        Self { keys, cache: Arc::new(Mutex::new(cache)) }
+        Self { keys, cache: Remembered::new(CACHED_TOKENS) }
     }
 
     /// The keys that it follows.
@@ -186,21 +180,11 @@ impl Verifier {
 
     fn claims(&self, keys: &KeySet, cap: &[u8]) -> Result<Signed, Refusal> {
         let id = blake3::hash(cap);
-        {
-            let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-            if cache.generation != keys.generation() {
-                cache.generation = keys.generation();
-                cache.claims.clear();
-            }
-            if let Some(claims) = cache.claims.get(&id) {
-                return Ok(claims.clone());
-            }
+        if let Some(claims) = self.cache.get(keys.generation(), &id) {
+            return Ok(claims);
         }
         let claims = keys.token_keys.claims(cap)?;
-        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        if cache.generation == keys.generation() {
-            cache.claims.put(id, claims.clone());
-        }
+        self.cache.put(keys.generation(), id, claims.clone());
         Ok(claims)
     }
 }

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use overlay_core::config::Transport;
 use rustls::server::Acceptor;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::{LazyConfigAcceptor, TlsStream};
 
 use super::pace::{Pace, is_callers};
 use super::pending::{Pending, Place};
-use super::{Connection, Descriptor, Descriptors, HandshakeError, Timing};
+use super::{Connection, Descriptors, HandshakeError, Timing};
 use crate::clock::Clock;
 use crate::kms::{ALPN, KeySet};
 
@@ -46,14 +46,43 @@ impl AcceptError {
 /// begun finish under the old one.
 pub(super) struct Handshakes {
     pub(super) most: usize,
-    pub(super) running: Semaphore,
-    pub(super) waiting: Semaphore,
+    running: Semaphore,
+    waiting: Semaphore,
+    most_waiting: usize,
+    /// Somebody has begun to wait.
+    wanted: Notify,
 }
 
 impl Handshakes {
-    pub(super) fn new(most: usize) -> Arc<Self> {
-        let permits = |count: usize| Semaphore::new(count.clamp(1, Semaphore::MAX_PERMITS));
-        Arc::new(Self { most, running: permits(most), waiting: permits(most.saturating_mul(WAITING)) })
+    /// `most` under way, and as many for each that wait, but at most `most_waiting`.
+    pub(super) fn new(most: usize, most_waiting: usize) -> Arc<Self> {
+        let most_waiting = most.saturating_mul(WAITING).min(most_waiting).clamp(1, Semaphore::MAX_PERMITS);
+        let running = Semaphore::new(most.clamp(1, Semaphore::MAX_PERMITS));
+        Arc::new(Self { most, running, waiting: Semaphore::new(most_waiting), most_waiting, wanted: Notify::new() })
+    }
+
+    /// A turn. It is given back when it is dropped.
+    ///
+    /// # Errors
+    /// As many wait for theirs as may.
+    pub(super) async fn turn(&self) -> Result<SemaphorePermit<'_>, HandshakeError> {
+        let waiting = self.waiting.try_acquire().map_err(|_| HandshakeError::Busy)?;
+        self.wanted.notify_waiters();
+        let turn = self.running.acquire().await.map_err(|_| HandshakeError::Gone)?;
+        drop(waiting);
+        Ok(turn)
+    }
+
+    /// Returns once somebody waits for a turn.
+    pub(super) async fn wanted(&self) {
+        loop {
+            // Before the look: who comes after it is heard.
+            let wanted = self.wanted.notified();
+            if self.waiting.available_permits() < self.most_waiting {
+                return;
+            }
+            wanted.await;
+        }
     }
 
     /// Whether more than half of them are under way.
@@ -81,7 +110,7 @@ pub struct Listener {
     timing: Timing,
     clock: Clock,
     handshakes: Arc<Handshakes>,
-    pending: Pending<Descriptor>,
+    pending: Pending,
     descriptors: Descriptors,
     pace: Pace,
 }
@@ -98,7 +127,7 @@ impl Listener {
         clock: Clock,
     ) -> io::Result<Self> {
         let timing = timing.into();
-        let handshakes = Handshakes::new(timing.now().max_handshakes_in_flight);
+        let handshakes = Handshakes::new(timing.now().max_handshakes_in_flight, usize::MAX);
         Ok(Self {
             socket: listen(address)?,
             timing,
@@ -119,7 +148,7 @@ impl Listener {
     }
 
     #[cfg(test)]
-    pub(super) fn pending(&self) -> &Pending<Descriptor> {
+    pub(super) fn pending(&self) -> &Pending {
         &self.pending
     }
 
@@ -136,7 +165,7 @@ impl Listener {
         let _gone = stream.set_nodelay(true);
         let config = self.timing.now();
         if config.max_handshakes_in_flight != self.handshakes.most {
-            self.handshakes = Handshakes::new(config.max_handshakes_in_flight);
+            self.handshakes = Handshakes::new(config.max_handshakes_in_flight, usize::MAX);
         }
         let place = self.pending.enter(config.max_pending, self.descriptors.take()).ok_or(AcceptError::Crowded)?;
         Ok(Accepted {
@@ -156,7 +185,7 @@ pub struct Accepted {
     address: SocketAddr,
     transport: Transport,
     deadline: Instant,
-    place: Place<Descriptor>,
+    place: Place,
     handshakes: Arc<Handshakes>,
 }
 
@@ -194,11 +223,9 @@ impl Accepted {
             // TLS itself lets a client that offers none through.
             return Err(HandshakeError::Alpn);
         }
-        let turn = handshakes.waiting.try_acquire().map_err(|_| HandshakeError::Busy)?;
-        let permit = handshakes.running.acquire().await.map_err(|_| HandshakeError::Gone)?;
-        drop(turn);
+        let turn = handshakes.turn().await?;
         let stream = Box::pin(hello.into_stream(Arc::clone(keys.server()))).await?;
-        drop(permit);
+        drop(turn);
         let connection = Connection::of_tls(TlsStream::from(stream), transport, deadline)?;
         Ok(Connection { descriptor: Some(descriptor), ..connection })
     }

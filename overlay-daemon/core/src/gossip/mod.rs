@@ -457,25 +457,28 @@ impl Engine {
     }
 
     /// The daemon is about to end: what was accepted here and no peer has yet is handed to any
-    /// link that takes it. Whether nothing is left for which there is a link.
-    pub fn poll_spread(&mut self, out: &mut impl Outlet) -> bool {
-        let left = |held: &&Held| {
-            held.known.iter().next().is_none()
-                && held.envelope.incarnation == self.me.incarnation
-                && held.envelope.origin == self.me.identity
-        };
-        let left: Vec<Held> = self.store.iter().filter(left).cloned().collect();
+    /// link that takes it. What was accepted a moment ago is handed to every one that is not
+    /// known to have it: those that would ask for it will have nobody to ask, and of those that
+    /// were pushed it, each may be the one that goes no further. Whether nothing is left for
+    /// which there is a link.
+    pub fn poll_spread(&mut self, now: Millis, out: &mut impl Outlet) -> bool {
+        let own =
+            |held: &&Held| held.envelope.incarnation == self.me.incarnation && held.envelope.origin == self.me.identity;
+        let left = |held: &&Held| held.known == LinkSet::default() || held.is_fresh(now);
+        let left: Vec<Held> = self.store.iter().filter(left).filter(own).cloned().collect();
         let mut done = true;
         for held in left {
-            let links: Vec<LinkId> = self.links.iter().filter(|link| out.has_stream(*link, held.tenant)).collect();
-            match links.iter().copied().find(|link| self.push(*link, &held, WHOLE, out)) {
-                Some(link) => {
-                    if let Some(stored) = self.store.get_mut(held.id) {
-                        stored.known.insert(link);
-                    }
-                }
-                None => done &= links.is_empty(),
+            let mut known = held.known;
+            let links = self.links.iter().filter(|link| !known.contains(*link) && out.has_stream(*link, held.tenant));
+            let links: Vec<LinkId> = links.collect();
+            let most = if held.is_fresh(now) { links.len() } else { 1 };
+            let pushed: Vec<LinkId> =
+                links.iter().copied().filter(|link| self.push(*link, &held, WHOLE, out)).take(most).collect();
+            pushed.iter().for_each(|link| known.insert(*link));
+            if let Some(stored) = self.store.get_mut(held.id) {
+                stored.known = known;
             }
+            done &= pushed.len() == most.min(links.len());
         }
         done
     }

@@ -56,6 +56,11 @@ pub struct Held {
 }
 
 impl Held {
+    /// Whether it is so young that those who were only told of it may not have asked for it yet.
+    pub(super) fn is_fresh(&self, now: Millis) -> bool {
+        now.since(self.at) < MIN_HELD_MS
+    }
+
     /// Whether a link that asks for it is sent it once more.
     pub(super) fn may_answer(&mut self, link: LinkId, now: Millis) -> bool {
         if now.since(self.answered_since) >= ANSWERS_MS {

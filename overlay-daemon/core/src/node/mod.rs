@@ -23,6 +23,7 @@ use bytes::Bytes;
 use crate::Millis;
 use crate::admission::Quota;
 use crate::backoff::Jitter;
+use crate::budget::FRAMES_PER_START;
 use crate::config::{DaemonConfig, PeersConfig, Places, Transport};
 use crate::control::{DaemonHello, Hello, HelloReply, Incarnation};
 use crate::frame::{AppProto, Flags, Frame};
@@ -217,7 +218,12 @@ impl Node {
     /// HELLO will be refused with a code and a time; false, and nothing done, where too many
     /// wait for that already.
     pub fn handle_open(&mut self, id: SessionId, opening: Opening, now: Millis) -> bool {
-        let turned_away = self.find_place(&opening).err();
+        let mut turned_away = self.find_place(&opening).err();
+        if turned_away.as_ref().is_some_and(|refusal| refusal.status == Status::QuotaExhausted)
+            && self.take_over_place(now)
+        {
+            turned_away = None;
+        }
         if let Some(refusal) = &turned_away
             && (opening.dialled.is_some() || self.turned_away >= places::MAX_TURNED_AWAY)
         {
@@ -455,9 +461,9 @@ impl Node {
 
     /// While it drains: whether every queue is empty, every writer waits, and every message that
     /// was accepted here is with a peer, where there is one to have it. What is not is queued.
-    pub fn poll_drained(&mut self) -> bool {
+    pub fn poll_drained(&mut self, now: Millis) -> bool {
         let (mut wire, engine) = self.wire();
-        let spread = engine.poll_spread(&mut wire);
+        let spread = engine.poll_spread(now, &mut wire);
         let sent = |entry: &Entry| entry.lanes.is_empty() && entry.writer_idle && entry.ends.is_empty();
         spread && self.sessions.values().all(sent)
     }
@@ -549,7 +555,8 @@ impl Node {
 
     /// Answers with a refusal. `end` closes the stream.
     fn refuse(&mut self, id: SessionId, to: &Frame, refusal: &Refusal, end: bool) {
-        self.count_useless(id);
+        let frames = if to.flags.has(Flags::START) { FRAMES_PER_START } else { 1 };
+        (0..frames).for_each(|_| self.count_useless(id));
         self.outputs.push_back(Output::Rejected(refusal.status.reason()));
         let frame = Frame::response(to, refusal.status.code(), end, refusal.body(to.corr_id));
         self.push(id, Class::Control, frame);

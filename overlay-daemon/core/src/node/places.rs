@@ -3,10 +3,11 @@
 
 use super::streams::STOPPING;
 use super::{Entry, Node, Opening};
+use crate::Millis;
 use crate::grant::Holder;
 use crate::identity::SpiffeId;
 use crate::memory::SESSION_BYTES;
-use crate::status::{Refusal, Status};
+use crate::status::{Reason, Refusal, Status};
 
 /// Callers that wait to be told that there is no place, at once: they hold no place meanwhile,
 /// and past it the rest is closed without a word.
@@ -39,6 +40,21 @@ impl Node {
         let taken = self.sessions.len() - self.turned_away;
         let most = self.config.overlay.max_sessions as usize;
         if taken + self.missing_peers() < most { Ok(()) } else { Err(FULL) }
+    }
+
+    /// All places are taken: the oldest session that had time to open a stream and has none gives
+    /// up its own. HELLO takes no token, so that whoever may connect could keep every place
+    /// otherwise. Whether there was one.
+    pub(super) fn take_over_place(&mut self, now: Millis) -> bool {
+        let patience = self.config.overlay.handshake_timeout_ms;
+        let is_idle = |entry: &Entry| {
+            let is_client = entry.dialled.is_none() && entry.remote().is_none();
+            let counts = entry.turned_away.is_none() && !entry.closing;
+            is_client && counts && entry.session.ages(now).0 >= patience && entry.session.streams().next().is_none()
+        };
+        let Some(id) = self.sessions.iter().find(|(_, entry)| is_idle(entry)).map(|(id, _)| *id) else { return false };
+        self.drop_session(id, Some(Reason::Quota));
+        true
     }
 
     /// Whether this is a configured peer's identity, with a session to come: each may have two,

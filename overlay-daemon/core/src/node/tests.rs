@@ -237,7 +237,7 @@ fn shedding_and_draining() {
         (texts(&last), last.last().map(|f| (f.code, f.flags.has(Flags::END)))),
         (vec!["a".to_owned()], Some((503, true)))
     );
-    assert!(sim.nodes[0].poll_drained());
+    assert!(sim.drained(0));
 }
 
 #[test]

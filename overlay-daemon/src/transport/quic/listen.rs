@@ -1,7 +1,7 @@
 //! Accepting over QUIC. Until its first datagram is answered a caller costs nothing but that
 //! datagram; from half of the handshakes on callers must show that their address is theirs
-//! (Retry, which costs no memory), and a caller whose ClientHello is not whole gives way to the
-//! next one.
+//! (Retry, which costs no memory), and a caller whose ClientHello is long in coming gives way once
+//! another waits.
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -9,10 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::super::listen::Handshakes;
-use super::super::pending::Pending;
 use super::{Connection, HandshakeError, TransportConfig, establish, parameters};
 use crate::clock::Clock;
 use crate::kms::{KeySet, QuicKeys};
@@ -21,6 +20,9 @@ use crate::transport::Timing;
 /// Bytes that may come of one caller, besides its first datagram, before it is answered: the rest
 /// of a ClientHello.
 const INCOMING_BYTES: u64 = 4 * 1024;
+/// The part of the handshake's deadline for which a ClientHello may be incomplete while others
+/// wait: half of the deadline is over once all who may wait have had that long, 16 for each turn.
+const SILENCE: u32 = 32;
 /// For how long goodbyes may take to leave.
 const GOODBYE: Duration = Duration::from_millis(500);
 
@@ -31,8 +33,6 @@ pub struct QuicListener {
     timing: Timing,
     clock: Clock,
     handshakes: Arc<Handshakes>,
-    /// Callers whose ClientHello is not whole.
-    silent: Pending<()>,
 }
 
 impl QuicListener {
@@ -53,8 +53,8 @@ impl QuicListener {
         let socket = UdpSocket::bind(address)?;
         let runtime = Arc::new(TokioRuntime);
         let endpoint = Endpoint::new(EndpointConfig::default(), Some(accepting.clone()), socket, runtime)?;
-        let handshakes = Handshakes::new(config.max_handshakes_in_flight);
-        Ok(Self { endpoint, accepting, timing, clock, handshakes, silent: Pending::default() })
+        let handshakes = Handshakes::new(config.max_handshakes_in_flight, config.max_pending);
+        Ok(Self { endpoint, accepting, timing, clock, handshakes })
     }
 
     /// Where it listens.
@@ -71,7 +71,7 @@ impl QuicListener {
             let incoming = self.endpoint.accept().await?;
             let config = self.timing.now();
             if config.max_handshakes_in_flight != self.handshakes.most {
-                self.handshakes = Handshakes::new(config.max_handshakes_in_flight);
+                self.handshakes = Handshakes::new(config.max_handshakes_in_flight, config.max_pending);
             }
             if self.handshakes.are_many() && !incoming.remote_address_validated() {
                 // It may be asked: its address has not been shown.
@@ -85,7 +85,6 @@ impl QuicListener {
                 deadline: self.clock.deadline(config.handshake),
                 config,
                 handshakes: Arc::clone(&self.handshakes),
-                silent: self.silent.clone(),
             });
         }
     }
@@ -109,7 +108,6 @@ pub struct QuicAccepted {
     config: TransportConfig,
     deadline: Instant,
     handshakes: Arc<Handshakes>,
-    silent: Pending<()>,
 }
 
 impl QuicAccepted {
@@ -129,28 +127,22 @@ impl QuicAccepted {
     }
 
     async fn run(self, keys: &KeySet) -> Result<Connection, HandshakeError> {
-        let Self { incoming, mut accepting, config, deadline, handshakes, silent, .. } = self;
+        let Self { incoming, mut accepting, config, deadline, handshakes, .. } = self;
         // Dropped, a caller is refused: one datagram, less than its own.
         accepting.crypto = keys.quic().ok_or(HandshakeError::NotHybrid)?.server().clone();
         accepting.transport = parameters(&config, 1);
-        let turn = handshakes.waiting.try_acquire().map_err(|_| HandshakeError::Busy)?;
-        let permit = match handshakes.running.try_acquire() {
-            Ok(permit) => permit,
-            Err(_) => {
-                silent.make_room();
-                handshakes.running.acquire().await.map_err(|_| HandshakeError::Gone)?
-            }
-        };
-        drop(turn);
-        let mut place = silent.enter(config.max_pending, Some(())).ok_or(HandshakeError::Crowded)?;
+        let turn = handshakes.turn().await?;
         let mut connecting = incoming.accept_with(Arc::new(accepting))?;
+        let gives_way = async {
+            sleep(config.handshake / SILENCE).await;
+            handshakes.wanted().await;
+        };
         tokio::select! {
             hello = connecting.handshake_data() => drop(hello?),
-            () = place.evicted() => return Err(HandshakeError::Crowded),
+            () = gives_way => return Err(HandshakeError::Crowded),
         }
-        drop(place);
         let connection = connecting.await?;
-        drop(permit);
+        drop(turn);
         let stream = connection.accept_bi().await?;
         establish(&connection, stream, deadline)
     }

@@ -22,6 +22,8 @@ use crate::kms::{ALPN, KeyExchangeGroup, Leaf};
 
 mod dial;
 mod listen;
+#[cfg(test)]
+mod tests;
 
 pub use dial::{Endpoints, dial_quic};
 pub use listen::{QuicAccepted, QuicListener};

@@ -170,3 +170,51 @@ fn f8_a_daemons_name_is_bounded() {
         assert_eq!(sim.nodes[0].sessions.len(), sessions, "{len}");
     }
 }
+
+/// S5: the one peer that was pushed what is accepted just before a daemon ends passes nothing on:
+/// the others, who were to hear of it and ask, get it all the same.
+#[test]
+fn s5_a_peer_that_passes_nothing_on_loses_nothing_at_the_end() {
+    let mut sim = Sim::with(3, |config| config.gossip.fanout = 1);
+    sim.dial(0, 1); // first, so pushed to; and it has no other peer to pass anything on to
+    sim.run(100);
+    sim.dial(0, 2);
+    sim.run(500);
+    let (subscriber, publisher) = (sim.subscriber(2), sim.publisher(0));
+    for n in 0..20 {
+        publish(&mut sim, 0, publisher, 1, &Publish::Message(format!("m{n}").into()));
+    }
+    assert_eq!(accepted(&sim, publisher), 0);
+    sim.nodes[0].handle_drain();
+    while !sim.drained(0) {
+        sim.run(1);
+    }
+    sim.nodes[0].handle_finish();
+    sim.run(50);
+    assert_eq!(accepted(&sim, publisher), 20);
+    assert_eq!(texts(&sim.client_frames(2, subscriber)).len(), 20);
+}
+
+/// P-2, I-9: sessions that open nothing, having no token, do not keep out those who have one; who
+/// has a stream keeps its place, and so does who has just come.
+#[test]
+fn who_opens_no_stream_gives_its_place_up() {
+    let mut sim = Sim::with(1, |config| config.overlay.max_sessions = 11); // one is kept for the peer
+    let subscriber = sim.subscriber(0);
+    let idle: Vec<SessionId> = (0..9).map(|_| sim.client(0)).collect();
+    sim.run(100);
+    let early = sim.client(0);
+    sim.run(100);
+    assert_eq!(sim.client_frames(0, early)[0].code, 429, "they may be about to open one");
+    sim.run(3_000);
+    let publishers: Vec<SessionId> = (0..9).map(|_| sim.publisher(0)).collect();
+    sim.run(100);
+    assert!(idle.iter().all(|id| !sim.nodes[0].sessions.contains_key(id)));
+    assert_eq!((sim.nodes[0].sessions.len(), sim.rejected(0, Reason::Quota)), (10, 10));
+    publishers.iter().for_each(|client| publish(&mut sim, 0, *client, 1, &Publish::Message("m".into())));
+    sim.run(4_000);
+    let late = sim.client(0);
+    sim.run(100);
+    assert_eq!(sim.client_frames(0, late)[0].code, 429, "all of them have a stream");
+    assert_eq!(texts(&sim.client_frames(0, subscriber)).len(), 9);
+}

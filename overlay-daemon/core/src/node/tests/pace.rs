@@ -3,7 +3,7 @@
 use super::sim::identity;
 use super::*;
 use crate::backoff::{GIVE_UP_MS, MOST_MS};
-use crate::budget::{EXCESS_MS, FRAMES_AT_ONCE, FRAMES_PER_SECOND};
+use crate::budget::{EXCESS_MS, FRAMES_AT_ONCE, FRAMES_PER_SECOND, FRAMES_PER_START};
 use crate::frame::CHUNK;
 use crate::record::Piece;
 
@@ -304,6 +304,18 @@ fn f6_a_flood_of_empty_frames_is_throttled_then_closed() {
         let last = sim.client_frames(0, attacker).pop().unwrap();
         assert_eq!((last.code, last.corr_id, last.flags.has(Flags::END)), (429, 0, true));
     }
+}
+
+/// K6, P-2: a token costs a signature before its START is refused, so that STARTs which are
+/// refused are throttled sooner than frames that cost nothing, and few are verified for one session.
+#[test]
+fn k6_starts_that_are_refused_are_throttled_sooner() {
+    let mut sim = Sim::new(1);
+    let attacker = sim.client(0);
+    let (read, _) = flood(&mut sim, attacker, 1_000_000, |n| {
+        Frame::new(Flags::REQ | Flags::START, AppProto::PUBSUB, TenantId(0), 3 + 2 * n, Bytes::new())
+    });
+    assert!(read <= MOST_READ / u64::from(FRAMES_PER_START) + EXCESS_MS / 100, "{read} STARTs");
 }
 
 /// F7: a million streams, opened and ended at once.

@@ -273,10 +273,10 @@ fn s5_a_subscription_ends_behind_its_messages() {
     }
     let accepted = codes(&sim, 0, publisher).iter().filter(|c| **c == 200).count() - 1;
     sim.nodes[0].handle_drain();
-    assert!(!sim.nodes[0].poll_drained());
+    assert!(!sim.drained(0));
     sim.stall(0, subscriber, false);
     sim.run(500);
-    assert!(sim.nodes[0].poll_drained());
+    assert!(sim.drained(0));
     let frames = sim.client_frames(0, subscriber);
     let last = frames.last().unwrap();
     assert_eq!((last.code, last.flags), (503, Flags::RESP | Flags::END), "nothing comes after the end");
@@ -310,7 +310,7 @@ fn sigterm_comes(sigterm: u64, depth: u32, fanout: u32, burst: u32) -> Result<()
         sim.run(1);
     }
     let mut waited = 0;
-    while !sim.nodes[0].poll_drained() {
+    while !sim.drained(0) {
         sim.run(10);
         waited += 10;
         prop_assert!(waited < 30_000, "it never drains");

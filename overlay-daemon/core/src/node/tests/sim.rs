@@ -102,6 +102,12 @@ impl Sim {
         Clock { now: Millis(self.now), unix_ms: self.unix_zero + self.now }
     }
 
+    /// Whether a node that drains has nothing left.
+    pub(super) fn drained(&mut self, node: usize) -> bool {
+        let now = self.clock().now;
+        self.nodes[node].poll_drained(now)
+    }
+
     fn end(&mut self, node: usize) -> End {
         self.next += 1;
         End { node, session: SessionId(self.next) }
@@ -125,7 +131,7 @@ impl Sim {
             holder: Holder::Certificate(identity(of)),
             dialled,
             transport: Some(Transport::Quic),
-            buffers: 2 * crate::memory::QUIC_WINDOW_BYTES,
+            buffers: crate::memory::QUIC_BYTES,
             group: "hybrid",
             handshake_ends,
         };

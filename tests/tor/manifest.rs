@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use overlay_core::config::{KeyExchange, Peer, Tls, Token, Transport};
+use overlay_core::config::{KeyExchange, Peer, Profile, Tls, Token};
 use overlay_tests::process::Process;
 use overlay_tests::programs;
 use overlay_tests::subscriber::Subscriber;
@@ -12,7 +12,7 @@ use overlay_tests::tor::LIMIT;
 use overlay_tests::wait::{self, Look};
 use serde_json::Value;
 
-use crate::world::{HARBOUR, World, command_at, sessions, subscribe, token_file};
+use crate::world::{HARBOUR, World, command_at, sessions, subscribe, token_file, unreachable};
 
 /// `overlay-operator local` runs the manifest; the peer has its trust, as a daemon elsewhere would.
 pub(crate) fn a_manifest_has_a_peer_by_tor(world: &World) -> Result<()> {
@@ -20,14 +20,9 @@ pub(crate) fn a_manifest_has_a_peer_by_tor(world: &World) -> Result<()> {
     let (operator, socket) = local(world, folder.path())?;
     let token = socket.with_file_name("token");
     let trust = |name: &str| socket.with_file_name("trust").join(name);
-    let mesh = Peer {
-        name: "mesh-0".to_owned(),
-        // Port 9 is nobody's: the session is the one that the manifest asks for.
-        address: "127.0.0.1:9".to_owned(),
-        identity: "spiffe://overlay.local/ns/default/overlaynode/mesh".parse()?,
-        transport: Transport::Tcp,
-    };
-    let harbour = world.daemon(HARBOUR, vec![mesh], |config| {
+    let identity = "spiffe://overlay.local/ns/default/overlaynode/mesh".parse()?;
+    let mesh = Peer { identity, ..unreachable("mesh-0")? };
+    let harbour = world.daemon(Profile::Micronode, HARBOUR, vec![mesh], |config| {
         let (certificate, key, ca) = (trust("tls.crt"), trust("tls.key"), trust("ca.crt"));
         config.tls = Tls { certificate, key, ca, key_exchange: KeyExchange::RequireHybrid };
         config.token = Token { keys: trust("token-keys.json"), file: trust("peer") };
@@ -53,7 +48,7 @@ pub(crate) fn a_manifest_has_a_peer_by_tor(world: &World) -> Result<()> {
 
 /// A run of the manifest, and the socket of its daemon.
 fn local(world: &World, folder: &Path) -> Result<(Process, PathBuf)> {
-    let (socks, onion) = (world.network.client().socks, world.harbour_onion()?);
+    let (socks, onion) = (world.network.client().socks, world.harbour_peer()?.address);
     let manifest = format!(
         "apiVersion: overlay.rustyonions.io/v1alpha1
 kind: OverlayNode

@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use overlay_core::config::Peer;
+use overlay_core::config::{Peer, Profile};
+use overlay_tests::daemon::Daemon;
 use overlay_tests::tor::{LIMIT, Stream};
 use overlay_tests::wait::{self, Look};
 
-use crate::world::{NAMES, World, run, sessions, subscribe};
+use crate::world::{HARBOUR, NAMES, World, run, sessions, subscribe, unreachable};
 
 /// Each holds a session with each of the others, by Tor at both of its ends, post-quantum as by
 /// any transport.
@@ -85,12 +86,37 @@ pub(crate) fn an_onion_address_is_no_identity(world: &World) -> Result<()> {
     let wanted = "spiffe://overlay.test/ns/test/overlaynode/other";
     let peer = Peer { name: "somebody".to_owned(), identity: wanted.parse()?, ..world.peer(NAMES[0])? };
     let socks = world.network.client().socks.to_string();
-    let daemon = world.daemon("doubtful", vec![peer], |config| config.tor.socks = socks)?;
+    let daemon = world.daemon(Profile::Micronode, "doubtful", vec![peer], |config| config.tor.socks = socks)?;
     wait::until("it to be refused by name", LIMIT, || {
         let log = daemon.process.log();
         let told = log.contains("answered there, not") && log.contains(wanted);
         Ok(if told { Look::Holds(()) } else { Look::NotYet(daemon.process.log_tail()) })
     })?;
     ensure!(sessions(&daemon, "peer")?.is_empty());
+    Ok(())
+}
+
+/// A peer that died is dialled until it is back, under the address that it had; in both profiles.
+pub(crate) fn a_killed_peer_comes_back(world: &World) -> Result<()> {
+    let has = |daemon: &Daemon, peers: &str| {
+        let (_, reason) = daemon.condition("peers")?;
+        Ok(if reason.starts_with(peers) { Look::Holds(()) } else { Look::NotYet(daemon.process.log_tail()) })
+    };
+    for profile in [Profile::Micronode, Profile::Macronode] {
+        let there = || {
+            world.daemon(profile, HARBOUR, vec![unreachable("near")?], |config| config.tor.listen = Some(world.harbour))
+        };
+        let mut first = there()?;
+        let socks = world.network.client().socks.to_string();
+        let near = world.daemon(profile, "near", vec![world.harbour_peer()?], |config| config.tor.socks = socks)?;
+        wait::until("them to be peers", LIMIT, || has(&near, "1 of"))?;
+        first.process.kill()?;
+        wait::until("the dead one to be missed", LIMIT, || has(&near, "0 of"))?;
+        let second = there()?;
+        wait::until("them to be peers again", LIMIT, || has(&near, "1 of"))?;
+        let heard = subscribe(&second, "again", 1)?;
+        run(&near, &["pub", "again", "ahoy"])?;
+        ensure!(heard.lines(1)? == ["ahoy"]);
+    }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
-use overlay_core::config::LogLevel;
+use overlay_core::config::{LogLevel, Profile};
 use overlay_tests::control_plane::free_ports;
 use overlay_tests::daemon::Daemon;
 use overlay_tests::tor::LIMIT;
@@ -15,7 +15,7 @@ use crate::world::{LATE, NAMES, World};
 pub(crate) fn a_proxy_that_is_down_is_named_and_tried_again(world: &World) -> Result<()> {
     let [port] = free_ports()?;
     let socks = SocketAddr::from(([127, 0, 0, 1], port));
-    let daemon = world.daemon(LATE, vec![world.peer(NAMES[0])?], |config| {
+    let daemon = world.daemon(Profile::Micronode, LATE, vec![world.peer(NAMES[0])?], |config| {
         config.tor.socks = socks.to_string();
         config.observability.log_level = LogLevel::Debug;
         config.readiness.peer_loss_grace_ms = 0;

@@ -20,7 +20,7 @@ use serde_json::Value;
 
 /// The daemons that run from the start.
 pub(crate) const NAMES: [&str; 3] = ["a", "b", "c"];
-/// One that a case starts behind an onion service of its own, and no peer of those.
+/// One that cases start behind an onion service of its own, and no peer of those.
 pub(crate) const HARBOUR: &str = "harbour";
 /// One that a case starts: `a` knows it, and cannot reach it.
 pub(crate) const LATE: &str = "late";
@@ -41,15 +41,15 @@ impl World {
         let network = Network::start(&forwards)?;
         let (authority, harbour) = (Arc::new(Authority::new()?), forwards[NAMES.len()]);
         let mut world = Self { daemons: Vec::new(), harbour, network, authority };
-        for (name, forward) in NAMES.iter().zip(forwards) {
+        let profiles = [Profile::Macronode, Profile::Micronode].into_iter().cycle();
+        for ((name, forward), profile) in NAMES.iter().zip(forwards).zip(profiles) {
             let others = NAMES.iter().filter(|other| *other != name);
             let mut peers = others.map(|other| world.peer(other)).collect::<Result<Vec<_>>>()?;
             if *name == NAMES[0] {
-                // Port 9 is discard's, and nobody's here.
-                peers.push(Peer { transport: Transport::Tcp, ..peer(LATE, "127.0.0.1:9")? });
+                peers.push(unreachable(LATE)?);
             }
             let socks = world.network.client().socks;
-            let daemon = world.daemon(name, peers, |config| {
+            let daemon = world.daemon(profile, name, peers, |config| {
                 config.tor.socks = socks.to_string();
                 config.tor.listen = Some(forward);
             })?;
@@ -61,19 +61,20 @@ impl World {
     /// A daemon of the mesh.
     pub(crate) fn daemon(
         &self,
+        profile: Profile,
         name: &str,
         peers: Vec<Peer>,
         change: impl FnOnce(&mut DaemonConfig),
     ) -> Result<Daemon> {
         let peers = PeersConfig { format: FORMAT, name: name.to_owned(), peers };
-        let daemon = Daemon::start_in_mesh(Profile::Macronode, Arc::clone(&self.authority), peers, change)?;
+        let daemon = Daemon::start_in_mesh(profile, Arc::clone(&self.authority), peers, change)?;
         fs::write(token_file(&daemon), daemon.local_token()?)?;
         Ok(daemon)
     }
 
-    /// The onion service of [`HARBOUR`].
-    pub(crate) fn harbour_onion(&self) -> Result<String> {
-        self.network.onion(NAMES.len())
+    /// [`HARBOUR`], as a peer by its onion service.
+    pub(crate) fn harbour_peer(&self) -> Result<Peer> {
+        peer(HARBOUR, &self.network.onion(NAMES.len())?)
     }
 
     /// One of [`NAMES`], as a peer by its onion service.
@@ -85,6 +86,11 @@ impl World {
     pub(crate) fn daemons(&self) -> impl Iterator<Item = (&'static str, &Daemon)> {
         NAMES.into_iter().zip(&self.daemons)
     }
+}
+
+/// A peer that has to dial, since it cannot be dialled: port 9 is discard's, and nobody's here.
+pub(crate) fn unreachable(name: &str) -> Result<Peer> {
+    Ok(Peer { transport: Transport::Tcp, ..peer(name, "127.0.0.1:9")? })
 }
 
 fn peer(name: &str, address: &str) -> Result<Peer> {

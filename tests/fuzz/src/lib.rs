@@ -16,8 +16,11 @@ pub use payloads::payloads;
 pub use streams::streams;
 pub use token::token;
 
-/// Every target, by the name of its corpus.
-pub const TARGETS: [(&str, fn(&[u8])); 6] = [
+/// One of them, by the name of its corpus.
+type Target = (&'static str, fn(&[u8]));
+
+/// Every target.
+pub const TARGETS: [Target; 6] = [
     ("codec", codec),
     ("streams", streams),
     ("configuration", configuration),

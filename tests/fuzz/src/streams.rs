@@ -222,7 +222,7 @@ impl Pair {
         while self.sides.iter().any(|side| !side.wire.is_empty()) {
             self.deliver(0);
             self.deliver(1);
-            most = most.checked_sub(1).unwrap_or_default();
+            most = most.saturating_sub(1);
             assert!(most > 0, "the two answer one another for ever");
         }
         for side in 0..2 {

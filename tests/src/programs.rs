@@ -14,8 +14,12 @@ pub fn repository() -> &'static Path {
 }
 
 /// A program of this workspace (`overlay-daemon`, `overlay-operator`), built with the same profile
-/// and into the same target folder as the test that asks.
+/// and into the same target folder as the test that asks, unless `OVERLAY_PROGRAMS` names a folder:
+/// programs that were built another way.
 pub fn built(name: &str) -> Result<PathBuf> {
+    if let Some(folder) = env::var_os("OVERLAY_PROGRAMS") {
+        return Ok(Path::new(&folder).join(name));
+    }
     let test = env::current_exe().context("the path of the running test")?;
     // TARGET/debug/deps/control_plane-HASH, or TARGET/debug/cluster -> TARGET/debug
     let folder = test.parent().context("a program lies in a folder")?;

@@ -133,6 +133,28 @@ fn the_requirements_table_is_true() -> Result<()> {
     check("REQUIREMENTS.md", &text, &numbered(&ITEMS))
 }
 
+/// G-9: whatever file of the daemon has a lock or an atomic stands in the list of them.
+#[test]
+fn what_tasks_share_is_listed() -> Result<()> {
+    let text = fs::read_to_string(repository().join("tests/REQUIREMENTS.md"))?;
+    let mut files = Vec::new();
+    sources(&repository().join("overlay-daemon"), &mut files)?;
+    for file in files {
+        let short = file.strip_prefix(repository())?.display().to_string();
+        let code = fs::read_to_string(&file)?;
+        // Imports, whether written out or among others in braces.
+        let shares = code.lines().filter(|line| line.trim_start().starts_with("use std::sync::")).any(|line| {
+            ["atomic", "Mutex", "RwLock", "Condvar", "Once", "LazyLock"].iter().any(|word| line.contains(word))
+        });
+        let is_test = short.contains("/tests");
+        ensure!(
+            !shares || is_test || text.contains(&short),
+            "{short} shares something: REQUIREMENTS.md does not list it"
+        );
+    }
+    Ok(())
+}
+
 /// The checks fail where they should.
 #[test]
 fn a_false_table_is_noticed() {

@@ -8,8 +8,8 @@ use super::TARGETS;
 
 /// Bytes and files of a corpus at the most: it is read by people now and then, and runs in every
 /// test run.
-const MOST_BYTES: u64 = 512 * 1024;
-const MOST_FILES: usize = 1_000;
+const MOST_BYTES: u64 = 128 * 1024;
+const MOST_FILES: usize = 300;
 
 /// G-1: what the fuzzer found worth keeping, and what once failed, holds.
 #[test]

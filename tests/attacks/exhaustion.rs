@@ -17,7 +17,7 @@ use overlay_tests::{http, wait};
 
 use crate::target::{Target, scale};
 
-on_both_profiles!(m1_more_than_memory_is_refused_and_nothing_is_killed);
+on_both_profiles!(m1_more_than_memory_is_refused_and_nothing_is_killed, m1_topics_without_number_are_refused);
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// What the daemon may hold for sessions, queues, uploads and messages.
@@ -141,5 +141,43 @@ fn m1_more_than_memory_is_refused_and_nothing_is_killed(profile: Profile) -> Res
     recovered(&target)?;
     let lines = target.process.log().lines().count() - log;
     ensure!(lines <= 40, "{lines} lines of log:\n{}", target.process.log_tail());
+    target.assert_alive()
+}
+
+/// M1, P-2: subscriptions to topics that nobody publishes on take memory too: what is past the
+/// budget is refused with a time to come back, and all of it comes back with the sessions.
+fn m1_topics_without_number_are_refused(profile: Profile) -> Result<()> {
+    let sessions = scale(10, 100);
+    let mut target = Target::start(profile, |config| {
+        config.overlay.memory_bytes = BUDGET;
+        config.gossip.store_bytes = 8 << 20;
+        config.overlay.rps = 1_000_000;
+        config.overlay.per_peer_rps = 1_000_000;
+        config.overlay.idle_timeout_ms = 120_000;
+    })?;
+    let (base, token) = (target.resident_kib()?, target.local_token()?);
+    let (mut taken, mut refused) = (0, 0);
+    let mut held = (0..sessions).map(|_| Wire::local(&target.socket())).collect::<Result<Vec<_>>>()?;
+    for (session, wire) in held.iter_mut().enumerate() {
+        for stream in 0..250 {
+            let topic = |n| format!("{session}/{stream}/{n}/{}", "x".repeat(225)).parse();
+            let topics = (0..64).map(topic).collect::<Result<Vec<_>, _>>()?;
+            match wire.start(2 * stream + 3, &Open::Subscribe { topics }, token.clone())? {
+                200 => taken += 1,
+                503 => refused += 1,
+                code => anyhow::bail!("a subscription got {code}"),
+            }
+        }
+    }
+    let (peak, used) = (target.resident_kib()?, target.metric("overlay_memory_bytes")?);
+    println!(
+        "m1: {taken} subscriptions to 64 topics taken, {refused} refused; KiB resident {base} before, {peak} then, \
+         {used} bytes in the account"
+    );
+    ensure!(refused > 0, "all were taken");
+    let most = base + BUDGET / 1024 * 11 / 10;
+    ensure!(peak <= most, "{peak} KiB resident, more than {most}");
+    held.clear();
+    recovered(&target)?;
     target.assert_alive()
 }

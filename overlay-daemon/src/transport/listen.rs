@@ -13,7 +13,7 @@ use tokio_rustls::{LazyConfigAcceptor, TlsStream};
 
 use super::pace::{Pace, is_callers};
 use super::pending::{Pending, Place};
-use super::{Connection, Descriptors, HandshakeError, Timing};
+use super::{Connection, Descriptors, HandshakeError, TLS_BYTES, Timing};
 use crate::clock::Clock;
 use crate::kms::{ALPN, KeySet};
 
@@ -189,7 +189,8 @@ impl Accepted {
         let turn = handshakes.waiting.try_acquire().map_err(|_| HandshakeError::Busy)?;
         let permit = handshakes.running.acquire().await.map_err(|_| HandshakeError::Gone)?;
         drop(turn);
-        let stream = Box::pin(hello.into_stream(Arc::clone(keys.server()))).await?;
+        let mut stream = Box::pin(hello.into_stream(Arc::clone(keys.server()))).await?;
+        stream.get_mut().1.set_buffer_limit(Some(TLS_BYTES));
         drop(permit);
         let connection = Connection::establish(TlsStream::from(stream), deadline)?;
         Ok(Connection { descriptor: Some(descriptor), ..connection })

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use overlay_core::config::Overlay;
 use overlay_core::identity::SpiffeId;
+use overlay_core::memory::WRITE_BYTES;
 use overlay_core::status::Reason;
 use rustls::pki_types::CertificateDer;
 use tokio::net::TcpStream;
@@ -31,6 +32,11 @@ pub use dial::{DialError, dial};
 pub use listen::{AcceptError, Accepted, Listener};
 pub use pace::{EXHAUSTED_PAUSE, is_callers};
 pub use unix::{LocalConnection, LocalError, LocalListener};
+
+/// Bytes that TLS takes from a session's writer before they must leave: what a writer hands over at a
+/// time, and the largest frame of a message. With rustls's own 64 KiB the end of each such
+/// frame would be a record, a packet and a system call of its own.
+const TLS_BYTES: usize = WRITE_BYTES + 8 * 1024;
 
 /// The timeouts and caps of a transport (I-2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,8 +103,9 @@ impl From<&Overlay> for TransportConfig {
 /// A byte stream whose other end has shown who it is.
 #[derive(Debug)]
 pub struct Connection {
-    /// The bytes.
-    pub stream: TlsStream<TcpStream>,
+    /// The bytes. Boxed: the tasks that hand it on have room for it at each step, and a session at
+    /// rest would keep all of that.
+    pub stream: Box<TlsStream<TcpStream>>,
     /// Who the certificate says it is. The caller decides whether that is who it wants.
     pub peer: SpiffeId,
     /// The certificate, and what came with it: it may lose its authority while the session lives.
@@ -124,7 +131,7 @@ impl Connection {
         let group = KeyExchangeGroup::of(tls).ok_or(HandshakeError::KeyExchange)?;
         let chain = tls.peer_certificates().unwrap_or_default().iter().map(|c| c.clone().into_owned()).collect();
         Ok(Self {
-            stream,
+            stream: Box::new(stream),
             peer: leaf.identity,
             chain,
             peer_not_after_ms: leaf.not_after_ms,

@@ -28,8 +28,9 @@ use crate::session::{ReadBytes, Reading};
 
 /// Things that may wait for the hub. When it is full, readers wait and TCP pushes back.
 pub const QUEUE: usize = 256;
-/// Things handled before what they caused is sent: one write then carries all of it.
-const TURN: usize = 64;
+/// Things handled before what they caused is sent: one write then carries all of it. While less
+/// waits a turn is shorter, so that it only ever gathers what would have waited anyway.
+const TURN: usize = QUEUE;
 /// How often the hub says that it is alive.
 const HEARTBEAT_MS: u64 = 200;
 

@@ -38,8 +38,10 @@ use crate::transport::{Connection, Endpoints, LocalConnection, Proxy, Timing};
 /// Bytes that a read makes room for while much comes. A frame that claims more gets more as it
 /// comes, never for its claim alone.
 const READ_BYTES: usize = 64 * 1024;
-/// And while little comes: a session at rest keeps no more.
-const REST_BYTES: usize = 4 * 1024;
+/// And while little comes.
+const SOME_BYTES: usize = 4 * 1024;
+/// And while nothing does: a session at rest keeps no more. A ping fits, and most answers.
+const REST_BYTES: usize = 256;
 /// For how long the other side of a closed session may go on sending.
 const LINGER: Duration = Duration::from_secs(1);
 
@@ -256,7 +258,7 @@ impl Reader {
             if buf.is_empty() && buf.capacity() > room {
                 buf = BytesMut::new(); // at rest, or after a large frame
             }
-            buf.reserve(room);
+            buf.reserve(reserve(&buf, room));
             held.set(buf.capacity());
             let space = buf.capacity() - buf.len();
             let bytes = match deadline {
@@ -275,7 +277,11 @@ impl Reader {
                 Ok(bytes) => bytes,
                 Err(_) => return Ended::Gone,
             };
-            room = if bytes == space { READ_BYTES } else { REST_BYTES };
+            room = match room {
+                _ if bytes < space => REST_BYTES,
+                REST_BYTES => SOME_BYTES,
+                _ => READ_BYTES,
+            };
         }
     }
 
@@ -315,9 +321,12 @@ async fn send_batches<W: AsyncWrite + Unpin>(
     context: Context,
 ) -> Ended {
     while let Some(batch) = batches.recv().await {
+        let mut bytes = BytesMut::new(); // one for all of the batch; at rest there is none
         let mut frames = batch.into_iter();
         while !frames.as_slice().is_empty() {
-            let Ok(bytes) = encode(&mut frames) else { return Ended::Gone };
+            if encode(&mut frames, &mut bytes).is_err() {
+                return Ended::Gone;
+            }
             let sent = async {
                 write.write_all(&bytes).await?;
                 write.flush().await
@@ -341,8 +350,15 @@ async fn send_batches<W: AsyncWrite + Unpin>(
     }
 }
 
+/// The bytes to make room for in a reader's buffer. While much comes, the rest of a large frame
+/// is read to where it lies, so that its end does not move all of it to a larger place.
+fn reserve(buf: &BytesMut, room: usize) -> usize {
+    let missing = codec::frame_len(buf).ok().flatten().map_or(0, |len| len.saturating_sub(buf.len()));
+    if room == READ_BYTES && missing > SOME_BYTES { missing.min(READ_BYTES) } else { room }
+}
+
 /// The next frames as bytes: at most [`WRITE_BYTES`], or one frame that is larger.
-fn encode(frames: &mut std::vec::IntoIter<Frame>) -> Result<BytesMut, codec::FrameError> {
+fn encode(frames: &mut std::vec::IntoIter<Frame>, out: &mut BytesMut) -> Result<(), codec::FrameError> {
     let (mut count, mut bytes) = (0, 0);
     for len in frames.as_slice().iter().map(Frame::wire_len) {
         if count > 0 && bytes + len > WRITE_BYTES {
@@ -350,11 +366,9 @@ fn encode(frames: &mut std::vec::IntoIter<Frame>) -> Result<BytesMut, codec::Fra
         }
         (count, bytes) = (count + 1, bytes + len);
     }
-    let mut out = BytesMut::with_capacity(bytes);
-    for frame in frames.by_ref().take(count) {
-        codec::encode(&frame, &mut out)?;
-    }
-    Ok(out)
+    out.clear();
+    out.reserve(bytes);
+    frames.by_ref().take(count).try_for_each(|frame| codec::encode(&frame, out))
 }
 
 #[cfg(test)]

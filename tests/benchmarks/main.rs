@@ -100,7 +100,9 @@ fn bench(arguments: &Arguments) -> Result<()> {
     let scale = Scale { repeat: arguments.repeat, short: arguments.short };
     raise_descriptors()?;
     println!("{}", machine::describe());
-    println!("daemon: {}", servers::RAISED);
+    if !matches!(arguments.row, Some(Row::Sessions | Row::Codec)) {
+        println!("overlay-daemon's caps: {}", servers::RAISED);
+    }
     match arguments.row {
         Some(Row::Fanout { bytes: Some(bytes) }) => fanout::rows(&cores, scale, &[bytes as usize]),
         Some(Row::Fanout { bytes: None }) => fanout::rows(&cores, scale, &fanout::SIZES),

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -24,10 +25,11 @@ pub enum NameError {
     Topic,
 }
 
-/// A session's identity: the URI SAN of its certificate.
+/// A session's identity: the URI SAN of its certificate. Clones share the text: every message
+/// carries its origin's.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct SpiffeId(String);
+pub struct SpiffeId(Arc<str>);
 
 impl SpiffeId {
     /// The id of an OverlayNode, which all its pods share or lie below.
@@ -56,13 +58,13 @@ impl SpiffeId {
     /// This id without `/pod/POD`: what tokens name as audience.
     #[must_use]
     pub fn without_pod(&self) -> Self {
-        Self(self.0.split_once("/pod/").map_or(self.0.clone(), |(node, _)| node.to_owned()))
+        Self(self.0.split_once("/pod/").map_or_else(|| Arc::clone(&self.0), |(node, _)| node.into()))
     }
 
     /// Whether `other` is this id or lies below it, by whole segments.
     #[must_use]
     pub fn covers(&self, other: &Self) -> bool {
-        other.0.strip_prefix(&self.0).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        other.0.strip_prefix(&*self.0).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     }
 }
 
@@ -79,7 +81,7 @@ impl FromStr for SpiffeId {
             [d, "ns", _, "overlaynode" | "client", _] | [d, "ns", _, "overlaynode", _, "pod", _] => domain(d),
             _ => false,
         };
-        if shape && parts.iter().all(segment) { Ok(Self(s.to_owned())) } else { Err(NameError::Identity) }
+        if shape && parts.iter().all(segment) { Ok(Self(s.into())) } else { Err(NameError::Identity) }
     }
 }
 
@@ -92,7 +94,7 @@ impl TryFrom<String> for SpiffeId {
 
 impl From<SpiffeId> for String {
     fn from(id: SpiffeId) -> Self {
-        id.0
+        id.0.as_ref().to_owned()
     }
 }
 
@@ -156,10 +158,10 @@ impl fmt::Display for TenantId {
 }
 
 /// An opaque name that messages are published under: 1 to 255 bytes of UTF-8 without
-/// control characters and without `*`, which tokens use for prefixes.
+/// control characters and without `*`, which tokens use for prefixes. Clones share the text.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Topic(String);
+pub struct Topic(Arc<str>);
 
 impl Topic {
     /// The topic as text.
@@ -173,11 +175,7 @@ impl FromStr for Topic {
     type Err = NameError;
     fn from_str(s: &str) -> Result<Self, NameError> {
         let fits = (1..=MAX_TOPIC).contains(&s.len());
-        if fits && !s.chars().any(|c| c.is_control() || c == '*') {
-            Ok(Self(s.to_owned()))
-        } else {
-            Err(NameError::Topic)
-        }
+        if fits && !s.chars().any(|c| c.is_control() || c == '*') { Ok(Self(s.into())) } else { Err(NameError::Topic) }
     }
 }
 
@@ -190,7 +188,7 @@ impl TryFrom<String> for Topic {
 
 impl From<Topic> for String {
     fn from(t: Topic) -> Self {
-        t.0
+        t.0.as_ref().to_owned()
     }
 }
 

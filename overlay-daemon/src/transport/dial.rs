@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::{TlsConnector, TlsStream};
 
 use super::socks::SocksError;
-use super::{Connection, HandshakeError, TransportConfig};
+use super::{Connection, HandshakeError, TLS_BYTES, TransportConfig};
 use crate::clock::Clock;
 
 /// TLS insists on a server's name. It is neither sent nor checked: who answers is judged by
@@ -108,6 +108,7 @@ async fn handshake(
 ) -> Result<Connection, HandshakeError> {
     stream.set_nodelay(true)?;
     let name = ServerName::try_from(NO_NAME).map_err(|error| HandshakeError::Io(io::Error::other(error)))?;
-    let stream = TlsConnector::from(Arc::clone(tls)).connect(name, stream).await?;
+    let mut stream = TlsConnector::from(Arc::clone(tls)).connect(name, stream).await?;
+    stream.get_mut().1.set_buffer_limit(Some(TLS_BYTES));
     Connection::of_tls(TlsStream::from(stream), transport, deadline)
 }

@@ -14,7 +14,7 @@ use tokio_rustls::{LazyConfigAcceptor, TlsStream};
 
 use super::pace::{Pace, is_callers};
 use super::pending::{Pending, Place};
-use super::{Connection, Descriptors, HandshakeError, Timing};
+use super::{Connection, Descriptors, HandshakeError, TLS_BYTES, Timing};
 use crate::clock::Clock;
 use crate::kms::{ALPN, KeySet};
 
@@ -224,7 +224,8 @@ impl Accepted {
             return Err(HandshakeError::Alpn);
         }
         let turn = handshakes.turn().await?;
-        let stream = Box::pin(hello.into_stream(Arc::clone(keys.server()))).await?;
+        let mut stream = Box::pin(hello.into_stream(Arc::clone(keys.server()))).await?;
+        stream.get_mut().1.set_buffer_limit(Some(TLS_BYTES));
         drop(turn);
         let connection = Connection::of_tls(TlsStream::from(stream), transport, deadline)?;
         Ok(Connection { descriptor: Some(descriptor), ..connection })

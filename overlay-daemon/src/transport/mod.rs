@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use overlay_core::config::{DaemonConfig, Transport};
 use overlay_core::identity::SpiffeId;
+use overlay_core::memory::WRITE_BYTES;
 use overlay_core::status::Reason;
 use rustls::pki_types::CertificateDer;
 use tokio::net::TcpStream;
@@ -40,6 +41,11 @@ pub use socks::{Isolation, Reply, SocksError};
 pub use stream::Stream;
 pub use tor::{Proxy, Via, dial_tor};
 pub use unix::{LocalConnection, LocalError, LocalListener};
+
+/// Bytes that TLS takes from a session's writer before they must leave: what a writer hands over at a
+/// time, and the largest frame of a message. With rustls's own 64 KiB the end of each such
+/// frame would be a record, a packet and a system call of its own.
+const TLS_BYTES: usize = WRITE_BYTES + 8 * 1024;
 
 /// The timeouts and caps of a transport (I-2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

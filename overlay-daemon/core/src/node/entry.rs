@@ -13,7 +13,7 @@ use crate::budget::FrameBudget;
 use crate::config::{DaemonConfig, Transport};
 use crate::control::{DaemonHello, Incarnation};
 use crate::frame::{AppProto, Flags, Frame};
-use crate::gossip::{LinkId, Outlet};
+use crate::gossip::{Held, LinkId, Outlet};
 use crate::grant::{Grant, Holder};
 use crate::identity::{SpiffeId, TenantId, Topic};
 use crate::lanes::{Class, Lanes};
@@ -231,8 +231,7 @@ impl<'a> Wire<'a> {
         }
     }
 
-    /// Queues one frame of an event or of gossip. Room that [`Self::fits`] showed is there: a
-    /// message is queued whole or not at all.
+    /// Queues one frame of an event or of gossip.
     pub(super) fn push(&mut self, id: SessionId, class: Class, frame: Frame) -> bool {
         let Some(entry) = self.sessions.get_mut(&id).filter(|entry| !entry.closing) else { return false };
         let taken = entry.lanes.push(class, frame).is_ok();
@@ -243,10 +242,33 @@ impl<'a> Wire<'a> {
         taken
     }
 
-    /// Whether a session's lane, and memory, take so many frames of a message.
-    pub(super) fn fits(&self, id: SessionId, class: Class, frames: usize) -> bool {
-        self.has_memory(WRITE_BYTES as u64)
-            && self.sessions.get(&id).is_some_and(|entry| entry.lanes.room(class) >= frames)
+    /// Queues a message for a subscription, whole or not at all. False where it is left out:
+    /// there is no room for it in the session's lane, or in memory, or the subscription has yet
+    /// to be told of one that was. One look at the session for all of it: this is what a daemon
+    /// does most.
+    pub(super) fn deliver(&mut self, id: SessionId, corr_id: u64, class: Class, held: &Held) -> bool {
+        let has_memory = self.has_memory(WRITE_BYTES as u64);
+        let Some(entry) = self.sessions.get_mut(&id) else { return true };
+        let fits = has_memory && entry.lanes.room(class) >= held.frames.len();
+        let stream = entry.session.stream_mut(corr_id);
+        let Some(Kind::Subscribe { missed, .. }) = stream.map(|stream| &mut stream.kind) else { return true };
+        if *missed > 0 || !fits {
+            *missed = missed.saturating_add(1);
+            return false;
+        }
+        if entry.closing {
+            return true;
+        }
+        for payload in held.frames.iter() {
+            // There is room: it was looked for.
+            let _queued = entry.lanes.push(class, event(held, corr_id, payload.clone()));
+        }
+        entry.settle(self.memory);
+        if entry.writer_idle && !entry.sendable {
+            entry.sendable = true;
+            self.sendable.push_back(id);
+        }
+        true
     }
 
     fn stream(&self, link: LinkId, tenant: TenantId) -> Option<(SessionId, &Entry, u64)> {
@@ -274,4 +296,9 @@ impl Outlet for Wire<'_> {
     fn has_memory(&self, bytes: u64) -> bool {
         self.memory.has_room(self.others, bytes, 100)
     }
+}
+
+fn event(held: &Held, corr_id: u64, payload: Bytes) -> Frame {
+    let e2e = if held.envelope.attributes & 1 == 1 { Flags::APP_E2E } else { Flags::default() };
+    Frame::new(Flags::EVENT | e2e, AppProto::PUBSUB, held.tenant, corr_id, payload)
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::{Bytes, BytesMut};
 
-use super::entry::{Entry, Upload};
+use super::entry::{Entry, Upload, Wire};
 use super::streams::STOPPING;
 use super::{Clock, Kind, Node, Output, SessionId};
 use crate::Millis;
@@ -267,20 +267,12 @@ impl Node {
     /// misses it, is counted, and is told by a Gap.
     pub(super) fn deliver(&mut self, held: &Held) {
         let Some(subscribers) = self.subscriptions.0.get(&(held.tenant, held.envelope.topic.clone())) else { return };
+        let others = self.engine.memory().saturating_add(self.reading);
+        let mut wire = Wire::new(&mut self.sessions, &self.links, &mut self.sendable, (&mut self.memory, others));
         let class = class_of(held);
-        for (id, corr_id) in subscribers.iter().copied().collect::<Vec<_>>() {
-            let fits = self.wire().0.fits(id, class, held.frames.len());
-            let Some(entry) = self.sessions.get_mut(&id) else { continue };
-            let Some(stream) = entry.session.stream_mut(corr_id) else { continue };
-            let Kind::Subscribe { missed, .. } = &mut stream.kind else { continue };
-            if *missed > 0 || !fits {
-                *missed = missed.saturating_add(1);
+        for (id, corr_id) in subscribers {
+            if !wire.deliver(*id, *corr_id, class, held) {
                 self.outputs.push_back(Output::Rejected(Reason::Overflow));
-                continue;
-            }
-            let (mut wire, _) = self.wire();
-            for payload in held.frames.iter() {
-                wire.push(id, class, event(held, corr_id, payload.clone()));
             }
         }
     }
@@ -347,9 +339,4 @@ impl Node {
             self.push(id, Class::Control, end);
         }
     }
-}
-
-fn event(held: &Held, corr_id: u64, payload: Bytes) -> Frame {
-    let e2e = if held.envelope.attributes & 1 == 1 { Flags::APP_E2E } else { Flags::default() };
-    Frame::new(Flags::EVENT | e2e, AppProto::PUBSUB, held.tenant, corr_id, payload)
 }

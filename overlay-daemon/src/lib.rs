@@ -11,6 +11,7 @@ pub mod clock;
 pub mod confine;
 pub mod inspect;
 pub mod logging;
+pub mod notice;
 
 pub mod kms;
 pub mod transport;

@@ -109,6 +109,6 @@ fn inspect_token(args: &InspectArgs) -> ExitCode {
 }
 
 fn fail(message: &str) -> ExitCode {
-    eprintln!("error: {message}");
+    overlay_daemon::notice::tell(format_args!("error: {message}"));
     ExitCode::FAILURE
 }

@@ -203,3 +203,15 @@ fn t6_a_broken_file_changes_nothing(profile: Profile) -> Result<()> {
     }
     Ok(())
 }
+
+/// Whoever reads a command's standard error may be gone: what it could not say is no panic, and its
+/// exit code is its own.
+#[test]
+fn a_closed_standard_error_is_no_panic() -> Result<()> {
+    let (reader, writer) = std::io::pipe()?;
+    drop(reader);
+    let mut command = Command::new(programs::built("overlay-daemon")?);
+    let status = command.args(["token", "inspect", "/nonexistent"]).stderr(writer).status()?;
+    assert_eq!(status.code(), Some(1));
+    Ok(())
+}

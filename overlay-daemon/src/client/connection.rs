@@ -339,7 +339,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
             Sorted::User(frame) => Ok(Some(frame)),
             Sorted::Ours => Ok(None),
             Sorted::Refused(refused) => {
-                eprintln!("warning: the stream goes on with its old token: {refused}");
+                crate::notice::tell(format_args!("warning: the stream goes on with its old token: {refused}"));
                 Ok(None)
             }
         }

@@ -86,7 +86,7 @@ pub fn execute(command: Command) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: cannot start: {error}");
+            crate::notice::tell(format_args!("error: cannot start: {error}"));
             return ExitCode::from(FAILED);
         }
     };
@@ -102,7 +102,7 @@ pub fn execute(command: Command) -> ExitCode {
     match done {
         Ok(()) | Err(ClientError::NobodyReads) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            crate::notice::tell(format_args!("error: {error}"));
             ExitCode::from(if matches!(error, ClientError::Usage(_)) { USAGE } else { FAILED })
         }
     }

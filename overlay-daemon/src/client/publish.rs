@@ -138,7 +138,7 @@ async fn open<S: AsyncRead + AsyncWrite>(
 }
 
 fn note_wait(refused: &Refused, wait: Duration) {
-    eprintln!("note: {refused}; trying again in {} ms", wait.as_millis());
+    crate::notice::tell(format_args!("note: {refused}; trying again in {} ms", wait.as_millis()));
 }
 
 /// What became of the messages.
@@ -182,7 +182,7 @@ impl Tally {
             Outcome::Refused(message, refused) => {
                 self.refused += 1;
                 if let Some(earlier) = self.last.replace(format!("{}: {refused}", message.name)) {
-                    eprintln!("error: {earlier}");
+                    crate::notice::tell(format_args!("error: {earlier}"));
                 }
             }
             Outcome::Ended(left, refused) => {

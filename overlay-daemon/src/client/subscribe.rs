@@ -56,7 +56,7 @@ async fn subscribe<S: AsyncRead + AsyncWrite>(
     }
     let names = topics.iter().map(Topic::as_str).collect::<Vec<_>>().join(", ");
     let (stream, _) = connection.open(AppProto::PUBSUB, tenant, token, &Open::Subscribe { topics }).await?;
-    eprintln!("subscribed to {names}");
+    crate::notice::tell(format_args!("subscribed to {names}"));
     Ok(stream)
 }
 
@@ -104,7 +104,10 @@ impl Subscription {
             Some(Delivery::Gap(missed)) => {
                 let written = self.style.gap(missed);
                 if written.is_none() {
-                    eprintln!("gap: {missed} message{} missed", if missed == 1 { "" } else { "s" });
+                    crate::notice::tell(format_args!(
+                        "gap: {missed} message{} missed",
+                        if missed == 1 { "" } else { "s" }
+                    ));
                 }
                 Ok(written)
             }

@@ -61,17 +61,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Has glibc's allocator keep up to twice as many free bytes for the next who ask, rather than give
-/// them back to the system and ask for them anew, page by page: buffers of 16 to 256 KiB come and
-/// go with every write. Its thresholds follow the largest block that was given back
-/// (mallopt(3), M_MMAP_THRESHOLD), so it is given one. Other allocators do not notice.
-fn keep_freed_memory() {
-    const BYTES: usize = 8 << 20;
-    drop(std::hint::black_box(Vec::<u8>::with_capacity(BYTES)));
-}
-
 fn daemon(args: &RunArgs) -> ExitCode {
-    keep_freed_memory();
     // Before the runtime: what is given up is given up for threads to come, not for those there.
     let start = match Start::prepare(args) {
         Ok(start) => start,

@@ -49,16 +49,17 @@ pub fn decode(buf: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
     if buf.len() < need {
         return Ok(None);
     }
-    let mut frame = buf.split_to(need).freeze();
-    frame.advance(6); // len and ver, checked
-    let flags = Flags::from_bits(frame.get_u16());
-    let code = frame.get_u16();
-    let app = AppProto(frame.get_u16());
-    let tenant = TenantId(frame.get_u128());
-    let cap_len = usize::from(frame.get_u16());
-    let corr_id = frame.get_u64();
-    let cap = frame.split_to(cap_len);
-    Ok(Some(Frame { flags, code, app, tenant, corr_id, cap, payload: frame }))
+    let mut header = &buf[6..HEADER_LEN]; // behind len and ver, checked
+    let flags = Flags::from_bits(header.get_u16());
+    let code = header.get_u16();
+    let app = AppProto(header.get_u16());
+    let tenant = TenantId(header.get_u128());
+    let cap_len = usize::from(header.get_u16());
+    let corr_id = header.get_u64();
+    buf.advance(HEADER_LEN);
+    let cap = if cap_len == 0 { Bytes::new() } else { buf.split_to(cap_len).freeze() };
+    let payload = buf.split_to(need - HEADER_LEN - cap_len).freeze();
+    Ok(Some(Frame { flags, code, app, tenant, corr_id, cap, payload }))
 }
 
 /// Bytes of the frame that starts `buf`, once its header is there. A reader may use it to

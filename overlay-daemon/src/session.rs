@@ -258,7 +258,7 @@ impl Reader {
             if buf.is_empty() && buf.capacity() > room {
                 buf = BytesMut::new(); // at rest, or after a large frame
             }
-            buf.reserve(reserve(&buf, room));
+            buf.reserve(room);
             held.set(buf.capacity());
             let space = buf.capacity() - buf.len();
             let bytes = match deadline {
@@ -348,13 +348,6 @@ async fn send_batches<W: AsyncWrite + Unpin>(
         Ok(Ok(())) => Ended::Closed,
         Ok(Err(_)) | Err(_) => Ended::Gone,
     }
-}
-
-/// The bytes to make room for in a reader's buffer. While much comes, the rest of a large frame
-/// is read to where it lies, so that its end does not move all of it to a larger place.
-fn reserve(buf: &BytesMut, room: usize) -> usize {
-    let missing = codec::frame_len(buf).ok().flatten().map_or(0, |len| len.saturating_sub(buf.len()));
-    if room == READ_BYTES && missing > SOME_BYTES { missing.min(READ_BYTES) } else { room }
 }
 
 /// The next frames as bytes: at most [`WRITE_BYTES`], or one frame that is larger.

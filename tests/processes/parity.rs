@@ -14,6 +14,7 @@ use overlay_core::record::{Publish, Record};
 use overlay_core::status::ErrorBody;
 use overlay_tests::daemon::Daemon;
 use overlay_tests::oap::{Any, Offer, TLS12_ONLY, request};
+use overlay_tests::profile::amnesia;
 use overlay_tests::trust::{Authority, NODE};
 use overlay_tests::{http, wait};
 use rustix::process::Signal;
@@ -31,6 +32,14 @@ const CLIENT: &str = "spiffe://overlay.test/ns/test/client/parity";
 struct Case {
     profile: Profile,
     transport: Transport,
+}
+
+impl Case {
+    /// The line of `/metrics` that says so many sessions by the hybrid key exchange.
+    fn active(self, sessions: u32) -> String {
+        let amnesia = amnesia(self.profile);
+        format!("overlay_sessions_active{{group=\"hybrid\",amnesia=\"{amnesia}\"}} {sessions}\n")
+    }
 }
 
 /// Transport × profile × test.
@@ -164,11 +173,9 @@ fn a_session_is_named_by_its_transport(case: Case) -> Result<()> {
     let line = said.lines().find(|line| line.contains(CLIENT)).with_context(|| format!("{output:?}"))?;
     ensure!(line.contains(case.transport.label()) && line.contains("hybrid"), "{line}");
     let metrics = target.daemon.metrics()?;
-    ensure!(metrics.contains("overlay_sessions_active{group=\"hybrid\",amnesia=\"on\"} 1"), "{metrics}");
+    ensure!(metrics.contains(&case.active(1)), "{metrics}");
     drop(client);
-    wait::until_true("the session to be gone", LIMIT, || {
-        Ok(target.daemon.metrics()?.contains("overlay_sessions_active{group=\"hybrid\",amnesia=\"on\"} 0"))
-    })
+    wait::until_true("the session to be gone", LIMIT, || Ok(target.daemon.metrics()?.contains(&case.active(0))))
 }
 
 /// P-4: no START without a token of its own holder; a local client's is worth nothing here.
@@ -277,9 +284,7 @@ fn silence_ends_a_session(case: Case) -> Result<()> {
     let ended = silent.receive().map(|frame| frame.is_none());
     // QUIC may time out at this side too.
     ensure!(ended.as_ref().is_ok_and(|ended| *ended) || case.transport == Transport::Quic, "{ended:?}");
-    wait::until_true("the session to be gone", LIMIT, || {
-        Ok(target.daemon.metrics()?.contains("overlay_sessions_active{group=\"hybrid\",amnesia=\"on\"} 0"))
-    })?;
+    wait::until_true("the session to be gone", LIMIT, || Ok(target.daemon.metrics()?.contains(&case.active(0))))?;
     target.client().map(drop)
 }
 

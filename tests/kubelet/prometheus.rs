@@ -39,7 +39,7 @@ pub(crate) fn finds_and_queries_everything(world: &World) -> Result<()> {
     world.wait_ready(APPS, "mesh")?;
 
     let daemons = world.pods(APPS, "mesh")?;
-    world.until("every daemon and operator to be up", Duration::from_secs(120), || {
+    world.until("every daemon and operator to be up", Duration::from_secs(300), || {
         let mut missing: Vec<String> = Vec::new();
         for pod in &daemons {
             if query(world, &format!("up{{namespace=\"{APPS}\",pod=\"{}\"}} == 1", pod.name))?.is_empty() {

@@ -273,6 +273,7 @@ impl Daemon {
             // daemon is not what it says it is.
             _ = self.serving.join_next() => true,
             _ = self.accepting.join_next() => true,
+            _ = self.helping.join_next() => true,
         };
         if failed {
             tracing::error!("a task that never ends has ended; stopping");

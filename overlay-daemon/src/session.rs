@@ -12,11 +12,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use overlay_core::config::Transport;
+use bytes::{Buf, Bytes, BytesMut};
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::grant::{Grant, Holder};
-use overlay_core::memory::{QUIC_BYTES, WRITE_BYTES};
+use overlay_core::memory::WRITE_BYTES;
 use overlay_core::node::{Opening, SessionId};
 use overlay_core::status::{Reason, Refusal, Status};
 use overlay_core::{codec, compress};
@@ -42,6 +41,9 @@ const READ_BYTES: usize = 64 * 1024;
 const SOME_BYTES: usize = 4 * 1024;
 /// And while nothing does: a session at rest keeps no more. A ping fits, and most answers.
 const REST_BYTES: usize = 256;
+/// A payload of this size is sent as it lies: TLS reads it there, however many sessions share it.
+/// To copy a smaller one behind others costs less than to look after one more piece.
+const LARGE_BYTES: usize = 8 * 1024;
 /// For how long the other side of a closed session may go on sending.
 const LINGER: Duration = Duration::from_secs(1);
 
@@ -103,10 +105,6 @@ impl Context {
             holder: Holder::Certificate(connection.peer),
             dialled,
             transport: Some(connection.transport),
-            buffers: match connection.transport {
-                Transport::Tcp | Transport::Tor => 0,
-                Transport::Quic => QUIC_BYTES,
-            },
             group: connection.group.label(),
             handshake_ends: self.clock.millis(connection.deadline),
         };
@@ -142,14 +140,7 @@ impl Context {
     /// Holds a session with a local process.
     pub async fn hold_local(&self, connection: LocalConnection) {
         let handshake_ends = self.clock.millis(connection.deadline);
-        let opening = Opening {
-            holder: Holder::Local,
-            dialled: None,
-            transport: None,
-            buffers: 0,
-            group: "none",
-            handshake_ends,
-        };
+        let opening = Opening { holder: Holder::Local, dialled: None, transport: None, group: "none", handshake_ends };
         self.run(connection.stream, opening, None, std::future::pending()).await;
         drop(connection.descriptor);
     }
@@ -324,11 +315,10 @@ async fn send_batches<W: AsyncWrite + Unpin>(
         let mut bytes = BytesMut::new(); // one for all of the batch; at rest there is none
         let mut frames = batch.into_iter();
         while !frames.as_slice().is_empty() {
-            if encode(&mut frames, &mut bytes).is_err() {
-                return Ended::Gone;
-            }
+            let Ok(payload) = encode(&mut frames, &mut bytes) else { return Ended::Gone };
+            let mut rest = Buf::chain(bytes.as_ref(), payload);
             let sent = async {
-                write.write_all(&bytes).await?;
+                write.write_all_buf(&mut rest).await?;
                 write.flush().await
             };
             match timeout(context.timing.now().write, sent).await {
@@ -350,18 +340,24 @@ async fn send_batches<W: AsyncWrite + Unpin>(
     }
 }
 
-/// The next frames as bytes: at most [`WRITE_BYTES`], or one frame that is larger.
-fn encode(frames: &mut std::vec::IntoIter<Frame>, out: &mut BytesMut) -> Result<(), codec::FrameError> {
-    let (mut count, mut bytes) = (0, 0);
-    for len in frames.as_slice().iter().map(Frame::wire_len) {
-        if count > 0 && bytes + len > WRITE_BYTES {
+/// The next frames, to be sent at once: at most [`WRITE_BYTES`], or one frame that is larger.
+/// They are gathered in `out`, all but the last one's payload where it is large: that is returned.
+fn encode(frames: &mut std::vec::IntoIter<Frame>, out: &mut BytesMut) -> Result<Bytes, codec::FrameError> {
+    let (mut count, mut bytes, mut large) = (0, 0, false);
+    for frame in frames.as_slice() {
+        if large || (count > 0 && bytes + frame.wire_len() > WRITE_BYTES) {
             break;
         }
-        (count, bytes) = (count + 1, bytes + len);
+        large = frame.payload.len() >= LARGE_BYTES;
+        (count, bytes) = (count + 1, bytes + frame.wire_len() - if large { frame.payload.len() } else { 0 });
     }
     out.clear();
     out.reserve(bytes);
-    frames.by_ref().take(count).try_for_each(|frame| codec::encode(&frame, out))
+    frames.by_ref().take(count - usize::from(large)).try_for_each(|frame| codec::encode(&frame, out))?;
+    let Some(last) = large.then(|| frames.next()).flatten() else { return Ok(Bytes::new()) };
+    out.extend_from_slice(&codec::header(&last)?);
+    out.extend_from_slice(&last.cap);
+    Ok(last.payload)
 }
 
 #[cfg(test)]

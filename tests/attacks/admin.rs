@@ -13,10 +13,12 @@ use overlay_tests::oap::{Wire, request};
 use overlay_tests::on_both_profiles;
 use overlay_tests::{http, wait};
 
-use crate::probe::Probe;
+use crate::probe::{self, Probe};
 use crate::target::{Target, scale};
 
 on_both_profiles!(a3_as_many_series_as_before_whoever_came);
+
+probe::rows!(a1_a_thousand_partial_heads_keep_no_probe_out);
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -36,7 +38,6 @@ fn is_closed(stream: &mut TcpStream) -> Result<bool> {
 
 /// A1: a thousand heads that never end, some of them dripped: each is closed, by one deadline for
 /// the whole of it or to make room; probes and scrapes beside them are answered all the time.
-#[test]
 fn a1_a_thousand_partial_heads_keep_no_probe_out() -> Result<()> {
     let mut target = Target::start(Profile::Macronode, |_| {})?;
     let probe = Probe::start(&target)?;

@@ -21,6 +21,7 @@ use crate::probe::Probe;
 use crate::target::{Target, later, scale};
 
 on_both_profiles!(
+    by crate::probe::run:
     f1_claimed_lengths_are_not_allocated,
     f6_endless_empty_frames_are_throttled_and_closed,
     f7_streams_begun_and_ended_in_mass_are_capped_and_closed,

@@ -3,7 +3,7 @@
 //! subscribing (**H**), and afterwards the daemon is asked whether it is whole (**P**).
 //!
 //! Nothing passes or fails by the clock: what is asserted is counts, and ratios measured in
-//! the same run; latencies are printed. `OVERLAY_SOAK=1` (`tests/run soak`) attacks in full size.
+//! the same run, such as the probe's latency beside its own before the attack. `OVERLAY_SOAK=1` (`tests/run soak`) attacks in full size.
 
 mod admin;
 mod exhaustion;

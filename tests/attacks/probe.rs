@@ -17,6 +17,7 @@ use overlay_core::status::ErrorBody;
 use overlay_tests::daemon::Daemon;
 use overlay_tests::oap::{Heard, Tls, request};
 use overlay_tests::wait::{self, Look, now};
+use rustix::process::nice;
 use rustls::{ClientConnection, StreamOwned};
 
 /// From one message to the next: a fifth of what one session may send by default.
@@ -24,12 +25,18 @@ const PACE: Duration = Duration::from_millis(10);
 /// Bytes of a message.
 const SIZE: usize = 256;
 /// Messages of the quiet phase.
-const QUIET: usize = 150;
+const QUIET: usize = 200;
+/// How many times its quiet p99 the probe's p99 may be beside an attack (**H**).
+const MOST: f64 = 2.0;
+/// How often a row is run before the probe is late because of the daemon.
+const ATTEMPTS: usize = 3;
 /// For all of them to come.
 const LIMIT: Duration = Duration::from_secs(60);
 /// Streams.
 const SUBSCRIBED: u64 = 3;
 const PUBLISHED: u64 = 5;
+/// The least that a thread may claim (nice(2)).
+const LOWEST: i32 = 19;
 /// Who it is.
 const PROBE: &str = "spiffe://overlay.test/ns/test/client/probe";
 
@@ -61,6 +68,41 @@ pub(crate) struct Seen {
     attacked: Latencies,
 }
 
+/// The probe got all its messages, but not as soon as it should have.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}: more than {MOST} times")]
+struct Late(String);
+
+/// Runs a row, and again where its probe was late: whatever else the machine does makes a p99
+/// late now and then, and a daemon that starves its clients makes it so every time. In a thread
+/// of its own: what attacks is to yield to the probe and the daemon ([`Probe::start`]).
+pub(crate) fn run(row: fn() -> Result<()>) -> Result<()> {
+    for _ in 1..ATTEMPTS {
+        match apart(row) {
+            Err(error) if error.is::<Late>() => println!("again: {error:#}"),
+            result => return result,
+        }
+    }
+    apart(row)
+}
+
+fn apart(row: fn() -> Result<()>) -> Result<()> {
+    thread::spawn(row).join().map_err(|_| anyhow!("the row panicked"))?
+}
+
+/// Makes a test of each row that is attacked on one profile alone, run by [`run`].
+macro_rules! rows {
+    ($($name:ident),+ $(,)?) => {
+        mod row {
+            $(#[test]
+            fn $name() -> anyhow::Result<()> {
+                $crate::probe::run(super::$name)
+            })+
+        }
+    };
+}
+pub(crate) use rows;
+
 /// A distribution's marks.
 #[derive(Clone, Copy, Debug)]
 struct Latencies {
@@ -80,7 +122,8 @@ impl Latencies {
 
 impl Probe {
     /// Starts one, and lets it run for a while with nothing else going on: what its latency is
-    /// compared with.
+    /// compared with. What the caller's thread does from then on, and those that it starts, yields
+    /// to probe and daemon where they want a processor: the attacker's is not the daemon's to give.
     pub(crate) fn start(daemon: &Daemon) -> Result<Self> {
         let (mut wire, _) = daemon.offer(PROBE)?.greet(daemon.address)?;
         let token = daemon.token(PROBE)?;
@@ -108,11 +151,23 @@ impl Probe {
             }
             Ok(Look::Holds(std::mem::take(&mut ledger.latencies)))
         })?;
+        nice(LOWEST)?;
         Ok(Self { ledger, stop, thread, quiet: Latencies::of(quiet)? })
     }
 
-    /// **H**: ends it; every message that it published has come, once.
+    /// **H**: ends it; every message that it published has come, once, and the p99 of how long
+    /// they took is at most [`MOST`] times the quiet one.
     pub(crate) fn finish(self, row: &str) -> Result<Seen> {
+        let seen = self.finish_shed(row)?;
+        if seen.times() > MOST {
+            return Err(Late(format!("{row}: {seen}")).into());
+        }
+        Ok(seen)
+    }
+
+    /// The same of an attack under which writes are to be shed (I-6): a message that was refused
+    /// and published again is late by what its publisher was told to wait.
+    pub(crate) fn finish_shed(self, row: &str) -> Result<Seen> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().map_err(|_| anyhow!("the probe panicked"))?.context("the honest probe")?;
         let mut ledger = lock(&self.ledger);
@@ -123,10 +178,16 @@ impl Probe {
     }
 }
 
+impl Seen {
+    fn times(&self) -> f64 {
+        self.attacked.p99.as_secs_f64() / self.quiet.p99.as_secs_f64()
+    }
+}
+
 impl std::fmt::Display for Seen {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { messages, refused, quiet, attacked } = self;
-        let times = attacked.p99.as_secs_f64() / quiet.p99.as_secs_f64();
+        let times = self.times();
         write!(
             f,
             "all {messages} honest messages came ({refused} after a 429 or 503); p50 {:.1?}, p99 {:.1?}, most {:.1?}; \

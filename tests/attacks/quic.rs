@@ -13,8 +13,18 @@ use overlay_tests::packets::{Attacker, Came, Level, parameters, varint};
 use overlay_tests::{quic, wait};
 use rustls::client::Resumption;
 
-use crate::probe::Probe;
+use crate::probe::{self, Probe};
 use crate::target::{Target, scale};
+
+probe::rows!(
+    t1_half_hellos_over_quic_give_way,
+    t7_handshakes_over_quic_in_mass_are_taken_a_few_at_a_time,
+    t8_truncated_transport_parameters_are_refused,
+    t8_duplicate_initials_are_answered_three_times_at_most,
+    t8_callers_must_show_their_address_when_handshakes_are_many,
+    t9_gapped_fragments_are_bounded_and_closed,
+    t9_a_withheld_prefix_is_silence,
+);
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// For an answer that is expected to come, and for one that may not.
@@ -53,7 +63,6 @@ fn drain(attacker: &mut Attacker) -> Result<bool> {
 /// T1: callers that send half a hello and no more, over and over: each gives way to the next, and
 /// honest handshakes beside them all succeed, though there are many more of the silent than
 /// handshakes that may be under way.
-#[test]
 fn t1_half_hellos_over_quic_give_way() -> Result<()> {
     let mut target = target(|config| config.overlay.max_handshakes_in_flight = 4)?;
     let (probe, offer) = (Probe::start(&target)?, target.offer(HONEST)?);
@@ -85,7 +94,6 @@ fn t1_half_hellos_over_quic_give_way() -> Result<()> {
 
 /// T7: handshakes over QUIC in mass, none of which goes on after its hello: so many at a time, the
 /// rest is asked for its address or refused; who is honest is served in the end.
-#[test]
 fn t7_handshakes_over_quic_in_mass_are_taken_a_few_at_a_time() -> Result<()> {
     let mut target = target(|config| {
         config.overlay.max_handshakes_in_flight = 4;
@@ -111,7 +119,6 @@ fn t7_handshakes_over_quic_in_mass_are_taken_a_few_at_a_time() -> Result<()> {
 
 /// T8: transport parameters cut off at every byte, and their numbers at the edges: refused with
 /// an error of QUIC, never by a panic, and honest clients are served throughout.
-#[test]
 fn t8_truncated_transport_parameters_are_refused() -> Result<()> {
     let mut target = target(|_| {})?;
     let (probe, offer) = (Probe::start(&target)?, target.offer(HONEST)?);
@@ -144,7 +151,6 @@ fn t8_truncated_transport_parameters_are_refused() -> Result<()> {
 
 /// T8: a ClientHello again and again, from an address that never answers: never more than three
 /// times as much comes back, until the deadline of the handshake ends it.
-#[test]
 fn t8_duplicate_initials_are_answered_three_times_at_most() -> Result<()> {
     let mut target = target(|_| {})?;
     let (probe, offer) = (Probe::start(&target)?, target.offer(HONEST)?);
@@ -211,7 +217,6 @@ fn t8_what_is_no_packet_is_not_reflected() -> Result<()> {
 
 /// T8: with every handshake taken by callers who do not go on, the next is asked to show its
 /// address, for less than it sent; who does is served, and so are honest ones.
-#[test]
 fn t8_callers_must_show_their_address_when_handshakes_are_many() -> Result<()> {
     let mut target = target(|config| config.overlay.max_handshakes_in_flight = 2)?;
     let (probe, offer) = (Probe::start(&target)?, target.offer(HONEST)?);
@@ -268,7 +273,6 @@ fn greeted(target: &Target, offer: &Offer) -> Result<(Attacker, u64)> {
 
 /// T9: a stream in fragments of a byte with gaps between them, its next byte withheld. The daemon
 /// closes the connection, and holds no more than the window for it, on hundreds of them at once.
-#[test]
 fn t9_gapped_fragments_are_bounded_and_closed() -> Result<()> {
     let mut target = target(|_| {})?;
     let (probe, offer) = (Probe::start(&target)?, target.offer(HONEST)?);
@@ -298,7 +302,6 @@ fn t9_gapped_fragments_are_bounded_and_closed() -> Result<()> {
 
 /// T9: the same in few large fragments, which no rule of QUIC's forbids: they fit the window, and
 /// the session ends for its silence.
-#[test]
 fn t9_a_withheld_prefix_is_silence() -> Result<()> {
     let mut target = target(|config| config.overlay.idle_timeout_ms = 1_000)?;
     let (probe, offer) = (Probe::start(&target)?, target.offer(HONEST)?);

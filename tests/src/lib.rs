@@ -21,3 +21,4 @@ mod tables;
 pub mod tor;
 pub mod trust;
 pub mod wait;
+pub mod watch;

@@ -60,14 +60,8 @@ impl Bench {
         let context = self.context.clone();
         self.tasks.spawn(async move {
             let handshake_ends = context.clock.now().after(3_000);
-            let opening = Opening {
-                holder: Holder::Local,
-                dialled: None,
-                transport: None,
-                buffers: 0,
-                group: "none",
-                handshake_ends,
-            };
+            let opening =
+                Opening { holder: Holder::Local, dialled: None, transport: None, group: "none", handshake_ends };
             context.run(theirs, opening, None, std::future::pending()).await;
         });
         Client { stream: ours, inbox: BytesMut::new() }

@@ -224,7 +224,14 @@ impl Accepted {
             return Err(HandshakeError::Alpn);
         }
         let turn = handshakes.turn().await?;
-        let mut stream = Box::pin(hello.into_stream(Arc::clone(keys.server()))).await?;
+        let mut behind = Ok(());
+        let handshake = hello.into_stream_with(Arc::clone(keys.server()), |tls| {
+            behind = tls.process_new_packets().map(drop);
+        });
+        // What came with the hello is judged now: TLS would look once more had come, and who said
+        // goodbye in it (T2) would keep a turn until the deadline.
+        behind.map_err(HandshakeError::Tls)?;
+        let mut stream = Box::pin(handshake).await?;
         stream.get_mut().1.set_buffer_limit(Some(TLS_BYTES));
         drop(turn);
         let connection = Connection::of_tls(TlsStream::from(stream), transport, deadline)?;

@@ -48,7 +48,7 @@ enum Action {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
-    /// Any program in the node's network and mounts: curl, ctr, a shell
+    /// Any program in the node's network and mounts, from its root folder: curl, ctr, a shell
     Run {
         /// The program and what it is told
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
@@ -95,7 +95,9 @@ fn run(arguments: Arguments) -> Result<ExitCode> {
         Action::Run { arguments } => {
             let cluster = Cluster::running(name)?;
             let program = PathBuf::from(arguments.first().map_or("true", String::as_str));
-            return Err(cluster.in_node(&program).args(&arguments[1..]).exec().into());
+            let mut command = cluster.in_node(&program);
+            command.args(&arguments[1..]).env("KUBECONFIG", cluster.admin().kubeconfig());
+            return Err(command.exec().into());
         }
         Action::Boot { folder, cgroup } => node::boot(&folder, &cgroup)?,
     }

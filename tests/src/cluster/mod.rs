@@ -92,7 +92,8 @@ impl Cluster {
     /// None runs.
     pub fn running(name: &str) -> Result<Self> {
         let record = Record::read(name)?.filter(Record::is_running);
-        let record = record.with_context(|| format!("no cluster {name} runs: start it with tests/cluster up"))?;
+        let record =
+            record.with_context(|| format!("no cluster {name} runs: start it with tests/cluster --name {name} up"))?;
         Self::attach(record)
     }
 
@@ -240,7 +241,7 @@ fn prepare(name: &str) -> Result<(Record, Vec<OsString>)> {
     let _lock = record::lock(name)?;
     if let Some(left) = Record::read(name)? {
         if left.is_being_made() || (left.is_running() && !left.is_abandoned()) {
-            bail!("a cluster {name} runs already: end it with tests/cluster down, or use it");
+            bail!("a cluster {name} runs already: end it with tests/cluster --name {name} down, or use it");
         }
         clean_up(&left)?;
     }

@@ -140,10 +140,10 @@ impl Entry {
     pub(super) fn new(session: Session<Kind>, opening: Opening, config: &DaemonConfig, now: Millis) -> Self {
         Self {
             session,
+            buffers: opening.buffers(),
             holder: opening.holder,
             dialled: opening.dialled,
             transport: opening.transport,
-            buffers: opening.buffers,
             group: opening.group,
             party: Party::Client,
             stranger: None,

@@ -31,7 +31,7 @@ use crate::gossip::{Counts, Engine, LinkId, Me};
 use crate::grant::{Grant, Holder};
 use crate::identity::SpiffeId;
 use crate::lanes::Class;
-use crate::memory::{Budget, WRITE_BYTES};
+use crate::memory::{Budget, QUIC_BYTES, WRITE_BYTES};
 use crate::readiness::Report;
 use crate::session::{Event, Role, Session, State, Tick, Timers};
 use crate::status::{Reason, Refusal, Status};
@@ -62,13 +62,22 @@ pub struct Opening {
     pub dialled: Option<usize>,
     /// What carries it; nothing but the Unix socket, if none.
     pub transport: Option<Transport>,
-    /// Bytes that its transport may hold in this process, both ways.
-    pub buffers: u64,
     /// The key exchange, as the report of sessions names it: `hybrid`, `classical`, or `none`.
     pub group: &'static str,
     /// Until when HELLO must be answered: one deadline from the connection's first moment,
     /// of which TLS has used some already.
     pub handshake_ends: Millis,
+}
+
+impl Opening {
+    /// Bytes that its transport may hold in this process, both ways: QUIC's windows are here,
+    /// TCP's are the kernel's.
+    fn buffers(&self) -> u64 {
+        match self.transport {
+            Some(Transport::Quic) => QUIC_BYTES,
+            Some(Transport::Tcp | Transport::Tor) | None => 0,
+        }
+    }
 }
 
 /// What the shell is to do.

@@ -34,7 +34,7 @@ impl Node {
         if is_peer {
             return Ok(());
         }
-        if !self.memory.has_room(self.others(), SESSION_BYTES + opening.buffers, 100) {
+        if !self.memory.has_room(self.others(), SESSION_BYTES + opening.buffers(), 100) {
             return Err(NO_MEMORY);
         }
         let taken = self.sessions.len() - self.turned_away;

@@ -383,7 +383,6 @@ fn one_peer_does_not_take_every_link() {
                 holder,
                 dialled: None,
                 transport: Some(Transport::Tcp),
-                buffers: 0,
                 group: "hybrid",
                 handshake_ends: Millis(3_000)
             },

@@ -52,14 +52,7 @@ impl Scene {
     ) -> (SessionId, mpsc::Sender<Batch>) {
         let context = self.context.clone();
         let handshake_ends = context.clock.now();
-        let opening = Opening {
-            holder: Holder::Local,
-            dialled: None,
-            transport: None,
-            buffers: 0,
-            group: "none",
-            handshake_ends,
-        };
+        let opening = Opening { holder: Holder::Local, dialled: None, transport: None, group: "none", handshake_ends };
         self.sessions.spawn(async move { context.run(stream, opening, None, std::future::pending()).await });
         match self.inputs.recv().await {
             Some(Input::Open { id, writer, .. }) => (id, writer),

@@ -68,14 +68,8 @@ fn z4_comp_before_hello_closes() {
     let mut sim = Sim::new(1);
     let hello = Hello::default();
     let early = sim.client_as(0, Holder::Local, &hello);
-    let opening = Opening {
-        holder: Holder::Local,
-        dialled: None,
-        transport: None,
-        buffers: 0,
-        group: "none",
-        handshake_ends: Millis(3_000),
-    };
+    let opening =
+        Opening { holder: Holder::Local, dialled: None, transport: None, group: "none", handshake_ends: Millis(3_000) };
     let (late, now) = (SessionId(77), sim.clock().now);
     assert!(sim.nodes[0].handle_open(late, opening, now));
     let greeting = Frame::new(Flags::REQ | Flags::COMP, AppProto::CONTROL, TenantId(0), 1, compressed(&json(&hello)));

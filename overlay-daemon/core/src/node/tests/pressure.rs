@@ -199,14 +199,7 @@ fn m1_an_upload_claims_its_size_at_begin() {
 
 fn opening(of: &str, dialled: Option<usize>) -> Opening {
     let holder = Holder::Certificate(of.parse().unwrap());
-    Opening {
-        holder,
-        dialled,
-        transport: Some(Transport::Tcp),
-        buffers: 0,
-        group: "hybrid",
-        handshake_ends: Millis(u64::MAX),
-    }
+    Opening { holder, dialled, transport: Some(Transport::Tcp), group: "hybrid", handshake_ends: Millis(u64::MAX) }
 }
 
 /// Whoever finds no place is told so at HELLO, with a time; clients never take a peer's place.

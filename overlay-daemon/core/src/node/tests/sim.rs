@@ -131,7 +131,6 @@ impl Sim {
             holder: Holder::Certificate(identity(of)),
             dialled,
             transport: Some(Transport::Quic),
-            buffers: crate::memory::QUIC_BYTES,
             group: "hybrid",
             handshake_ends,
         };
@@ -171,7 +170,7 @@ impl Sim {
         let end = self.end(node);
         self.clients.insert(end, Vec::new());
         let handshake_ends = self.clock().now.after(3_000);
-        let opening = Opening { holder, dialled: None, transport: None, buffers: 0, group: "none", handshake_ends };
+        let opening = Opening { holder, dialled: None, transport: None, group: "none", handshake_ends };
         let now = self.clock().now;
         assert!(self.nodes[node].handle_open(end.session, opening, now));
         let hello = Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), 1, json(hello));

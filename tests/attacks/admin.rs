@@ -8,8 +8,10 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use overlay_core::config::Profile;
 use overlay_core::control::Open;
-use overlay_core::frame::Flags;
-use overlay_tests::oap::{Wire, request};
+use overlay_core::frame::{Flags, Frame};
+use overlay_core::identity::TenantId;
+use overlay_core::record::Publish;
+use overlay_tests::oap::{Wire, request, start};
 use overlay_tests::on_both_profiles;
 use overlay_tests::{http, wait};
 
@@ -77,6 +79,33 @@ fn odd_request(admin: SocketAddr, line: &str) -> Result<()> {
     Ok(())
 }
 
+/// Has one client cause a refusal of each code that one can, and looks that each was counted.
+fn every_refusal(target: &Target) -> Result<()> {
+    let reasons = ["protocol", "auth", "size", "quota"];
+    let counted = || reasons.iter().map(|reason| target.rejected(reason)).collect::<Result<Vec<_>>>();
+    let (before, token) = (counted()?, target.local_token()?);
+    let mut wire = Wire::local(&target.socket())?;
+    for (corr_id, flags) in [(3, Flags::default()), (0, Flags::START), (5, Flags::EVENT), (7, Flags::COMP)] {
+        wire.send(&request(corr_id, flags, Bytes::from_static(b"odd")))?;
+        ensure!(wire.receive()?.context("it closed")?.code == 400);
+    }
+    let publish = Open::Publish { topic: "topic".parse()? };
+    ensure!(wire.start(9, &publish, Bytes::new())? == 401, "no token");
+    wire.send(&Frame { tenant: TenantId(7), ..start(11, &publish, token.clone()) })?;
+    ensure!(wire.receive()?.context("it closed")?.code == 403, "a tenant that is not carried");
+    ensure!(wire.start(13, &publish, token.clone())? == 200);
+    wire.send(&request(13, Flags::default(), Publish::Begin { size: 2 << 20, hash: [0; 32] }.encode()))?;
+    ensure!(wire.receive()?.context("it closed")?.code == 413, "2 MiB");
+    // An upload that is begun is in flight, and that is all that a session may have here.
+    ensure!(wire.start(15, &publish, token)? == 200);
+    wire.send(&request(15, Flags::default(), Publish::Begin { size: 1 << 20, hash: [0; 32] }.encode()))?;
+    wire.send(&request(13, Flags::default(), Publish::Message(Bytes::from_static(b"one more")).encode()))?;
+    ensure!(wire.receive()?.context("it closed")?.code == 429, "a second request in flight");
+    let after = counted()?;
+    ensure!(after.iter().zip(&before).all(|(after, before)| after > before), "{reasons:?}: {before:?}, then {after:?}");
+    Ok(())
+}
+
 /// A3, C-5: whoever came, whatever they called themselves, asked for and were refused for: as many
 /// series as there were before anybody did.
 fn a3_as_many_series_as_before_whoever_came(profile: Profile) -> Result<()> {
@@ -84,6 +113,7 @@ fn a3_as_many_series_as_before_whoever_came(profile: Profile) -> Result<()> {
     let mut target = Target::start(profile, |config| {
         config.overlay.rps = 1_000_000;
         config.overlay.per_peer_rps = 1_000_000;
+        config.overlay.per_peer_inflight = 1;
     })?;
     let before = target.series()?;
     let opened = target.metric("session_open_total")?;
@@ -99,12 +129,7 @@ fn a3_as_many_series_as_before_whoever_came(profile: Profile) -> Result<()> {
         odd_request(target.admin, &format!("METHOD{n} /metrics"))?;
         odd_request(target.admin, &format!("GET /path-{n}?query={n}"))?;
     }
-    // A refusal of each kind that one client can cause.
-    let mut wire = Wire::local(&target.socket())?;
-    for (corr_id, flags) in [(3, Flags::default()), (0, Flags::START), (5, Flags::EVENT), (7, Flags::COMP)] {
-        wire.send(&request(corr_id, flags, Bytes::from_static(b"odd")))?;
-        ensure!(wire.receive()?.context("it closed")?.code == 400);
-    }
+    every_refusal(&target)?;
     let began = wait::now();
     let after = target.series()?;
     println!("a3: {after} series after {peers} peers, methods and paths; a scrape takes {:.1?}", began.elapsed());

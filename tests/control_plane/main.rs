@@ -30,6 +30,7 @@ const CASES: &[Case<World>] = &[
     ("mesh_conditions", mesh::conditions),
     ("mesh_columns", mesh::columns),
     ("mesh_configuration_passes_the_daemons_check", mesh::configuration_passes_check),
+    ("mesh_token_is_minted_from_the_clusters_secret", mesh::token_is_minted_from_the_clusters_secret),
     ("mesh_pods_fit_restricted_pod_security", mesh::pods_fit_restricted),
     ("second_reconcile_writes_nothing", mesh::second_reconcile_writes_nothing),
     ("operator_restart_changes_nothing", faults::restart_changes_nothing),

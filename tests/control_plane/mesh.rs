@@ -2,10 +2,13 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use overlay_tests::kubectl::Kubectl;
+use overlay_tests::operator;
 use overlay_tests::programs;
+use overlay_tests::trust::Authority;
 use overlay_tests::wait::{self, Look};
 use serde_json::{Value, json};
 
@@ -83,11 +86,11 @@ pub(crate) fn objects_and_owners(world: &World) -> Result<()> {
 
 /// The CA that daemons are given is the installation's; its key stays in the operator's namespace.
 fn trust_is_the_installations(world: &World, leaf: &Value) -> Result<()> {
-    let ca = world.admin().must_get(overlay_tests::operator::NAMESPACE, "secret", "overlay-ca")?;
+    let ca = world.admin().must_get(operator::NAMESPACE, "secret", "overlay-ca")?;
     assert_eq!(leaf["data"]["ca.crt"], ca["data"]["tls.crt"]);
     assert_ne!(leaf["data"]["tls.key"], ca["data"]["tls.key"]);
     ensure!(ca["metadata"]["ownerReferences"].is_null(), "the installation's CA belongs to nobody");
-    world.admin().must_get(overlay_tests::operator::NAMESPACE, "secret", "overlay-token-root")?;
+    world.admin().must_get(operator::NAMESPACE, "secret", "overlay-token-root")?;
     Ok(())
 }
 
@@ -199,6 +202,69 @@ fn check(folder: &Path, peers: &str) -> Result<(bool, String)> {
         .arg("--peers")
         .arg(folder.join(peers))
         .output()?;
+    let text = [output.stdout, output.stderr].concat();
+    Ok((output.status.success(), String::from_utf8_lossy(&text).into_owned()))
+}
+
+/// `overlay-operator token create --namespace` by a person's kubeconfig: the keys that the
+/// OverlayNode's daemons are given verify the token, and another's do not. What
+/// stands in its way is named.
+pub(crate) fn token_is_minted_from_the_clusters_secret(world: &World) -> Result<()> {
+    let (namespace, name) = ("tokens", "mesh");
+    world.apply_node(namespace, name, "{replicas: 1}")?;
+    world.settled(namespace, name)?;
+    let held = world.admin().run(&["get", "-n", namespace, "overlaynode", name, "-o", "yaml"])?;
+    let manifest = world.plane.folder().join("held.yaml");
+    fs::write(&manifest, held)?;
+    let create = |by: &Kubectl, from: &str, more: &[&str]| create_token(by, &manifest, from, more);
+
+    let minted = create(world.admin(), operator::NAMESPACE, &["--client", "collector"])?;
+    ensure!(minted.status.success() && minted.stderr.is_empty(), "{minted:?}");
+    let (token, keys) = (world.plane.folder().join("minted"), world.plane.folder().join("token-keys.json"));
+    fs::write(&token, &minted.stdout)?;
+    let template = r#"-o=go-template={{index .data "token-keys.json" | base64decode}}"#;
+    let own = world.admin().run(&["get", "-n", namespace, "secret", &format!("{name}-token"), template])?;
+    fs::write(&keys, own)?;
+    let (holds, said) = inspect(&token, &keys)?;
+    ensure!(holds, "{said}");
+    for part in [
+        "signature  holds",
+        &format!("spiffe://overlay.local/ns/{namespace}/overlaynode/{name}"),
+        &format!("spiffe://overlay.local/ns/{namespace}/client/collector"),
+    ] {
+        ensure!(said.contains(part), "no {part}: {said}");
+    }
+    fs::write(&keys, Authority::new()?.jwks())?;
+    ensure!(!inspect(&token, &keys)?.0, "keys of somebody else's verify it");
+
+    let account = world.admin().run(&["create", "token", "-n", namespace, "default"])?;
+    let stranger = world.plane.with_token("stranger", account.trim())?;
+    let secret = "Secret overlay-token-root:";
+    for (by, from, more, parts) in [
+        (world.admin(), operator::NAMESPACE, &["--name", "none"][..], &["--name: no OverlayNode none", name][..]),
+        (world.admin(), "nowhere", &[], &["--namespace nowhere", secret, "is the operator installed"]),
+        (world.admin(), namespace, &[], &["--namespace tokens", secret, "is the operator installed"]),
+        (&stranger, operator::NAMESPACE, &[], &["--namespace overlay-system", secret, "forbidden"]),
+    ] {
+        let refused = create(by, from, more)?;
+        let said = String::from_utf8(refused.stderr)?;
+        ensure!(refused.status.code() == Some(1) && refused.stdout.is_empty(), "{from} {more:?}: {said}");
+        ensure!(parts.iter().all(|part| said.contains(part)), "{from} {more:?}: {said}");
+    }
+    Ok(())
+}
+
+fn create_token(by: &Kubectl, manifest: &Path, namespace: &str, more: &[&str]) -> Result<Output> {
+    let mut command = Command::new(programs::built("overlay-operator")?);
+    command.args(["token", "create", "--topics", "news", "--actions", "publish", "--namespace", namespace]);
+    command.args(more).arg("--file").arg(manifest).env("KUBECONFIG", by.kubeconfig());
+    Ok(command.stdin(Stdio::null()).output()?)
+}
+
+/// `overlay-daemon token inspect --keys`: whether the signature holds, and all that it says.
+fn inspect(token: &Path, keys: &Path) -> Result<(bool, String)> {
+    let mut command = Command::new(programs::built("overlay-daemon")?);
+    let output = command.args(["token", "inspect"]).arg(token).arg("--keys").arg(keys).output()?;
     let text = [output.stdout, output.stderr].concat();
     Ok((output.status.success(), String::from_utf8_lossy(&text).into_owned()))
 }

@@ -3,15 +3,22 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
 use overlay_core::config::Profile;
+use overlay_core::control::Open;
+use overlay_core::frame::{AppProto, Flags, Frame};
+use overlay_core::identity::TenantId;
+use overlay_core::record::Publish;
+use overlay_tests::oap::{Wire, request};
 use overlay_tests::subscriber::Subscriber;
 use overlay_tests::wait;
 use overlay_tests::{http, on_both_profiles, programs};
 use rustix::process::{Signal, kill_process};
+use serde_json::Value;
 
 use crate::local::mesh::{Daemon, LIMIT, Mesh, one_mesh};
 
@@ -122,8 +129,9 @@ fn k1_a_token_that_dies_ends_its_stream(profile: Profile) -> Result<()> {
     Ok(())
 }
 
-/// K1: a key that is taken away ends the streams of its tokens, and the session goes on without
-/// them: a token of the next key opens another.
+/// K1: a key that is taken away ends the streams of its tokens and no others, and the session goes
+/// on without them: it is answered, what a token of the key that stays opened goes on, and such a
+/// token opens more.
 fn k1_a_key_that_is_removed_ends_its_streams(profile: Profile) -> Result<()> {
     let (target, next) = (Target::start(profile)?, Target::start(profile)?);
     let at = &target.daemons[0];
@@ -138,17 +146,44 @@ fn k1_a_key_that_is_removed_ends_its_streams(profile: Profile) -> Result<()> {
     let mut line = String::new();
     said.read_line(&mut line)?;
     ensure!(line == "subscribed to news\n", "{line}");
-    target.place(&keys, &fs::read_to_string(next_keys)?)?;
+
+    let (cap, next_cap, next_keys) = (cap(&token)?, cap(&next_token)?, fs::read_to_string(next_keys)?);
+    target.place(&keys, &both(&fs::read_to_string(&keys)?, &next_keys)?)?;
+    let subscribe = Open::Subscribe { topics: vec!["news".parse()?] };
+    let publish = Open::Publish { topic: "news".parse()? };
+    wait::until_true("the next key to be taken up", LIMIT, || {
+        Ok(Wire::local(&at.socket)?.start(3, &publish, next_cap.clone())? == 200)
+    })?;
+    let mut session = Wire::local(&at.socket)?;
+    ensure!(session.start(3, &subscribe, cap.clone())? == 200, "a token of the first key");
+    ensure!(session.start(5, &publish, next_cap.clone())? == 200, "a token of the next");
+    target.place(&keys, &next_keys)?;
     let mut rest = String::new();
     said.read_to_string(&mut rest)?;
     ensure!(!reader.wait()?.success() && rest.contains("401 unauthorized: the token's key is not known"), "{rest}");
-    let publish = |token: &PathBuf| {
-        let mut command = Command::new(programs::built("overlay-daemon")?);
-        command.args(["pub", "news", "x", "--token-file"]).arg(token).arg("--socket").arg(&at.socket);
-        Ok::<_, anyhow::Error>(command.stdin(Stdio::null()).output()?.status.success())
-    };
-    ensure!(!publish(&token)? && publish(&next_token)?);
+
+    let end = session.receive()?.context("the daemon closed the session")?;
+    ensure!((end.corr_id, end.code, end.flags.has(Flags::END)) == (3, 401, true), "{end:?}");
+    session.send(&Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), 7, Bytes::from_static(b"there?")))?;
+    ensure!(session.receive()?.is_some_and(|pong| pong.payload == "there?"), "a ping");
+    session.send(&request(5, Flags::default(), Publish::Message("x".into()).encode()))?;
+    ensure!(session.receive()?.is_some_and(|answer| (answer.corr_id, answer.code) == (5, 200)), "what was open");
+    ensure!(session.start(9, &subscribe, cap)? == 401, "a token of the key that is gone");
+    ensure!(session.start(11, &subscribe, next_cap)? == 200, "a token of the key that stays");
     Ok(())
+}
+
+/// The token of a file, as a START carries it.
+fn cap(file: &Path) -> Result<Bytes> {
+    Ok(Bytes::from(fs::read_to_string(file)?.trim().to_owned()))
+}
+
+/// The keys of two sets in one.
+fn both(one: &str, other: &str) -> Result<String> {
+    let (mut one, mut other): (Value, Value) = (serde_json::from_str(one)?, serde_json::from_str(other)?);
+    let others = other["keys"].as_array_mut().context("no keys")?;
+    one["keys"].as_array_mut().context("no keys")?.append(others);
+    Ok(one.to_string())
 }
 
 /// A client and the daemons' own gossip go on past the life of the tokens that they began with,

@@ -1,6 +1,6 @@
 //! Two daemons joined in virtual time, and everything that may go on between and around them,
 //! legal or not, in any order: nothing panics, nothing that was accepted is lost or comes twice,
-//! and what is closed is gone.
+//! and what is to close does so by itself, whether the other end hears of it or not.
 
 use std::collections::BTreeSet;
 
@@ -21,8 +21,33 @@ enum Step {
     Shed { node: usize, shedding: bool },
     /// The session between the daemons breaks and is dialled again, by either.
     Redial { node: usize },
+    /// What is no frame comes by the session between the daemons.
+    RefuseLink { node: usize, status: Status },
+    /// The same by a client's, which reads on or not; another client comes.
+    RefuseClient { node: usize, status: Status, stalled: bool },
+    /// A client closes its connection, and another comes.
+    Leave { node: usize },
     /// Time passes.
     Run(u64),
+}
+
+/// The last thing to happen: what is to have closed all sessions by the deadlines.
+#[derive(Clone, Copy, Debug)]
+enum Ending {
+    /// A daemon stops, without a drain or after one.
+    Stop { node: usize, drain: bool },
+    /// A daemon refuses the session to the other.
+    Refuse { node: usize },
+    /// Nothing passes between the daemons, and no client says anything.
+    Silence,
+}
+
+fn endings() -> impl Strategy<Value = Ending> {
+    prop_oneof![
+        2 => (0..2_usize, any::<bool>()).prop_map(|(node, drain)| Ending::Stop { node, drain }),
+        1 => (0..2_usize).prop_map(|node| Ending::Refuse { node }),
+        1 => Just(Ending::Silence),
+    ]
 }
 
 fn payloads() -> impl Strategy<Value = Bytes> {
@@ -61,6 +86,7 @@ fn illegal() -> impl Strategy<Value = Frame> {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let sizes = prop::sample::select(vec![0_usize, 1, 40, 65_536, 65_537, 140_000]);
+    let status = || prop::sample::select(vec![Status::BadRequest, Status::PayloadTooLarge, Status::Unavailable]);
     let step = prop_oneof![
         4 => (0..2_usize, sizes, any::<bool>(), any::<bool>())
             .prop_map(|(node, size, comp, ack)| Step::Publish { node, size, comp, ack }),
@@ -68,6 +94,10 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => (0..2_usize, illegal()).prop_map(|(node, frame)| Step::Illegal { node, frame }),
         1 => (0..2_usize, any::<bool>()).prop_map(|(node, shedding)| Step::Shed { node, shedding }),
         1 => (0..2_usize).prop_map(|node| Step::Redial { node }),
+        1 => (0..2_usize, status()).prop_map(|(node, status)| Step::RefuseLink { node, status }),
+        1 => (0..2_usize, status(), any::<bool>())
+            .prop_map(|(node, status, stalled)| Step::RefuseClient { node, status, stalled }),
+        1 => (0..2_usize).prop_map(|node| Step::Leave { node }),
         4 => (0..400_u64).prop_map(Step::Run),
     ];
     prop::collection::vec(step, 1..60)
@@ -113,7 +143,7 @@ fn delivered_ids(frames: &[Frame]) -> (Vec<MessageId>, usize, usize) {
     (ids, promised, pieces)
 }
 
-fn apply(sim: &mut Sim, step: Step, n: usize, publishers: &[SessionId; 2], hostile: &[SessionId; 2]) {
+fn apply(sim: &mut Sim, step: Step, n: usize, publishers: &[SessionId; 2], hostile: &mut [SessionId; 2]) {
     match step {
         Step::Publish { node, size, comp, ack } => {
             for frame in message(size, n, comp, ack) {
@@ -125,8 +155,7 @@ fn apply(sim: &mut Sim, step: Step, n: usize, publishers: &[SessionId; 2], hosti
             sim.client_says(node, hostile[node], frame, grant);
         }
         Step::Illegal { node, frame } => {
-            let link = sim.nodes[node].links.values().next().copied();
-            if let Some(session) = link {
+            if let Some(session) = link(sim, node) {
                 sim.client_says(node, session, frame, None);
             }
         }
@@ -135,29 +164,84 @@ fn apply(sim: &mut Sim, step: Step, n: usize, publishers: &[SessionId; 2], hosti
             sim.cut(0, 1);
             sim.dial(node, 1 - node);
         }
+        Step::RefuseLink { node, status } => {
+            if let Some(session) = link(sim, node) {
+                sim.refuse(node, session, status);
+            }
+        }
+        Step::RefuseClient { node, status, stalled } => {
+            sim.stall(node, hostile[node], stalled);
+            sim.refuse(node, hostile[node], status);
+            hostile[node] = sim.client(node);
+        }
+        Step::Leave { node } => {
+            sim.leave(node, hostile[node]);
+            hostile[node] = sim.client(node);
+        }
         Step::Run(ms) => sim.run(ms),
     }
+}
+
+/// The session between the daemons, as one of them has it.
+fn link(sim: &Sim, node: usize) -> Option<SessionId> {
+    sim.nodes[node].links.values().next().copied()
+}
+
+/// Time passes, and a daemon without a peer dials it, as its shell does.
+fn settle(sim: &mut Sim, seconds: u64) {
+    for _ in 0..seconds {
+        if let Some(alone) = (0..2).find(|node| link(sim, *node).is_none()) {
+            sim.dial(alone, 1 - alone);
+        }
+        sim.run(1_000);
+    }
+}
+
+/// Ends it all. A daemon that stopped has no session left at once.
+fn end(sim: &mut Sim, ending: Ending) {
+    match ending {
+        Ending::Stop { node, drain } => {
+            if drain {
+                sim.nodes[node].handle_drain();
+                sim.run(1_000);
+            }
+            sim.nodes[node].handle_finish();
+            sim.run(1);
+            assert!(sim.nodes[node].is_deserted(), "{} sessions outlive their daemon", sim.nodes[node].sessions.len());
+        }
+        Ending::Refuse { node } => {
+            let session = link(sim, node).unwrap();
+            sim.refuse(node, session, Status::BadRequest);
+        }
+        Ending::Silence => sim.blackhole(0, 1),
+    }
+    // A ping after a third of it, and as much again for its answer.
+    sim.run(sim.nodes[0].config.idle_ms(None) * 3 / 2);
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_happens_nothing_accepted_is_lost_and_a_close_closes(steps in steps()) {
+    fn whatever_happens_nothing_accepted_is_lost_and_a_close_closes(
+        steps in steps(),
+        ending in endings(),
+        half_open in any::<bool>(),
+    ) {
         let mut sim = Sim::new(2);
         sim.full_mesh();
         let subscribers = [sim.subscriber(0), sim.subscriber(1)];
         let publishers = [sim.publisher(0), sim.publisher(1)];
-        let hostile = [sim.client(0), sim.client(1)];
+        let mut hostile = [sim.client(0), sim.client(1)];
         let mut published = [0, 0];
         for (n, step) in steps.into_iter().enumerate() {
             if let Step::Publish { node, .. } = &step {
                 published[*node] += 1;
             }
-            apply(&mut sim, step, n, &publishers, &hostile);
+            apply(&mut sim, step, n, &publishers, &mut hostile);
         }
         sim.nodes.iter_mut().for_each(|node| node.handle_readiness(Report::default(), false));
-        sim.run(12_000);
+        settle(&mut sim, 12);
 
         let mut accepted = BTreeSet::new();
         for (node, publisher) in publishers.into_iter().enumerate() {
@@ -174,9 +258,11 @@ proptest! {
             prop_assert_eq!((distinct.len(), pieces), (ids.len(), promised), "each once, and whole");
         }
 
-        sim.close_all();
+        prop_assert_eq!(sim.unclosed(), 0, "what is refused and read is closed");
+        sim.half_open = half_open;
+        end(&mut sim, ending);
         for node in &sim.nodes {
-            prop_assert!(node.sessions.is_empty() && node.links.is_empty() && node.subscriptions.is_empty());
+            prop_assert!(node.is_deserted() && node.links.is_empty() && node.subscriptions.is_empty());
             prop_assert_eq!(node.quota.inflight(), 0);
         }
     }

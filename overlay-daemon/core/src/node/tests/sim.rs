@@ -27,6 +27,10 @@ pub(super) struct Sim {
     in_flight: Vec<(u64, End, Frame)>,
     clients: BTreeMap<End, Vec<Frame>>,
     stalled: BTreeSet<End>,
+    /// Refused and not closed yet.
+    ending: BTreeSet<End>,
+    /// The other end does not hear of a close: what it sends goes nowhere.
+    pub(super) half_open: bool,
     black: BTreeSet<usize>,
     /// Until when a session is not read.
     paused: BTreeMap<End, Millis>,
@@ -80,6 +84,8 @@ impl Sim {
             in_flight: Vec::new(),
             clients: BTreeMap::new(),
             stalled: BTreeSet::new(),
+            ending: BTreeSet::new(),
+            half_open: false,
             black: BTreeSet::new(),
             paused: BTreeMap::new(),
             rejected: BTreeMap::new(),
@@ -152,11 +158,35 @@ impl Sim {
     }
 
     fn close(&mut self, end: End) {
-        self.nodes[end.node].handle_closed(end.session);
-        self.in_flight.retain(|(_, to, _)| *to != end);
-        if let Some(other) = self.wires.remove(&end) {
+        if let Some(other) = self.close_one(end) {
             self.close(other);
         }
+    }
+
+    /// Closes one end, and tells which the other is.
+    fn close_one(&mut self, end: End) -> Option<End> {
+        self.nodes[end.node].handle_closed(end.session);
+        self.in_flight.retain(|(_, to, _)| *to != end);
+        self.ending.remove(&end);
+        self.wires.remove(&end)
+    }
+
+    /// A client closes its connection.
+    pub(super) fn leave(&mut self, node: usize, client: SessionId) {
+        self.close(End { node, session: client });
+    }
+
+    /// Something comes by a session that is no frame: it is told so, and closes.
+    pub(super) fn refuse(&mut self, node: usize, session: SessionId, status: Status) {
+        if self.nodes[node].sessions.contains_key(&session) {
+            self.ending.insert(End { node, session });
+            self.nodes[node].handle_framing_error(session, status);
+        }
+    }
+
+    /// Sessions that were refused, have not closed, and are read at their other end.
+    pub(super) fn unclosed(&self) -> usize {
+        self.ending.difference(&self.stalled).count()
     }
 
     /// A client on the Unix socket, its HELLO answered.
@@ -243,14 +273,6 @@ impl Sim {
         self.paused.get(&End { node, session }).copied()
     }
 
-    /// Ends every session, as a lost network does.
-    pub(super) fn close_all(&mut self) {
-        for node in 0..self.nodes.len() {
-            let sessions: Vec<SessionId> = self.nodes[node].sessions.keys().copied().collect();
-            sessions.into_iter().for_each(|session| self.close(End { node, session }));
-        }
-    }
-
     pub(super) fn client_starts(&mut self, node: usize, client: SessionId, frame: Frame, grant: Option<Grant>) {
         let clock = self.clock();
         self.nodes[node].handle_frame(client, frame, grant.map(Ok), clock);
@@ -324,6 +346,7 @@ impl Sim {
         }
         while let Some(output) = self.nodes[node].poll_output() {
             match output {
+                Output::Close(session) if self.half_open => drop(self.close_one(End { node, session })),
                 Output::Close(session) => self.close(End { node, session }),
                 Output::Rejected(reason) => *self.rejected.entry((node, reason)).or_default() += 1,
                 Output::Pause(session, until) => drop(self.paused.insert(End { node, session }, until)),

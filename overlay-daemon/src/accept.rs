@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use overlay_core::Millis;
 use overlay_core::status::Reason;
+use tokio::runtime::Handle;
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -57,15 +58,36 @@ impl Health {
     }
 }
 
-/// Accepts TLS sessions until told to stop; then waits for those that run.
-pub async fn tls(mut listener: Listener, keys: Arc<Keys>, context: Context, health: Health, stop: Stop) {
-    let mut sessions = JoinSet::new();
-    loop {
+/// Accepts TLS sessions until told to stop; then waits for those that run. It and the handshakes
+/// run where it is spawned, and sessions on `sessions_on`: what costs the daemon something before
+/// anybody has shown who they are is not in the way of those who have (H).
+pub async fn tls(
+    listener: Listener,
+    keys: Arc<Keys>,
+    context: Context,
+    health: Health,
+    stop: Stop,
+    sessions_on: Handle,
+) {
+    let mut listener = Some(listener);
+    let (mut handshakes, mut sessions) = (JoinSet::new(), JoinSet::new());
+    while listener.is_some() || !handshakes.is_empty() || !sessions.is_empty() {
         tokio::select! {
-            () = stop.accepting.cancelled() => break,
+            () = stop.all.cancelled() => {
+                handshakes.shutdown().await;
+                sessions.shutdown().await;
+                return;
+            }
+            () = stop.accepting.cancelled(), if listener.is_some() => drop(listener.take()),
             Some(ended) = sessions.join_next() => count_panic(&context.metrics, &ended),
-            accepted = listener.accept() => match accepted {
-                Ok(accepted) => { sessions.spawn(serve(accepted, Arc::clone(&keys), context.clone())); }
+            Some(shaken) = handshakes.join_next() => match shaken {
+                Ok((shaken, address, current)) => {
+                    sessions.spawn_on(serve(shaken, address, current, context.clone()), &sessions_on);
+                }
+                Err(_) => count_panic(&context.metrics, &shaken),
+            },
+            accepted = next(&mut listener) => match accepted {
+                Ok(accepted) => { handshakes.spawn(shake(accepted, keys.current())); }
                 Err(error) => {
                     tracing::debug!(%error, "accepting failed");
                     match &error {
@@ -79,14 +101,32 @@ pub async fn tls(mut listener: Listener, keys: Arc<Keys>, context: Context, heal
             },
         }
     }
-    drop(listener);
-    finish(sessions, &stop.all).await;
 }
 
-async fn serve(accepted: Accepted, keys: Arc<Keys>, context: Context) {
+async fn next(listener: &mut Option<Listener>) -> Result<Accepted, AcceptError> {
+    match listener {
+        Some(listener) => listener.accept().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What came of a handshake, with whom, by which keys.
+type Shaken = (Result<Connection, HandshakeError>, SocketAddr, Arc<KeySet>);
+
+async fn shake(accepted: Accepted, current: Arc<KeySet>) -> Shaken {
     let address = accepted.address();
-    let current = keys.current();
-    hold(accepted.handshake(&current).await, address, &current, &context).await;
+    (accepted.handshake(&current).await, address, current)
+}
+
+async fn serve(
+    shaken: Result<Connection, HandshakeError>,
+    address: SocketAddr,
+    current: Arc<KeySet>,
+    context: Context,
+) {
+    // Its socket is from now on looked after where the session runs.
+    let shaken = shaken.and_then(|mut connection| connection.stream.settle().map(|()| connection).map_err(Into::into));
+    hold(shaken, address, &current, &context).await;
 }
 
 /// Accepts QUIC sessions until told to stop, as [`tls`] does; also ends where the socket has
@@ -162,7 +202,7 @@ pub async fn local(mut listener: LocalListener, context: Context, health: Health
 }
 
 /// A session that panicked ended alone (S6).
-fn count_panic(metrics: &Metrics, ended: &Result<(), JoinError>) {
+fn count_panic<T>(metrics: &Metrics, ended: &Result<T, JoinError>) {
     if ended.as_ref().is_err_and(JoinError::is_panic) {
         metrics.session_panic();
     }

@@ -28,5 +28,6 @@ pub mod admin;
 pub mod metrics;
 
 pub mod run;
+pub mod runtime;
 
 pub mod client;

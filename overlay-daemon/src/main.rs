@@ -10,6 +10,7 @@ use overlay_daemon::client;
 use overlay_daemon::clock::Clock;
 use overlay_daemon::inspect::{InspectArgs, inspect};
 use overlay_daemon::run::{RunArgs, Start, run};
+use overlay_daemon::runtime;
 
 /// Post-quantum sessions and bounded gossip: a node of the overlay, and its command-line client.
 #[derive(Debug, Parser)]
@@ -67,13 +68,14 @@ fn daemon(args: &RunArgs) -> ExitCode {
         Ok(start) => start,
         Err(error) => return fail(&format!("{error:#}")),
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime,
+    let (sessions, handshakes) = match runtime::sessions().and_then(|sessions| Ok((sessions, runtime::handshakes()?))) {
+        Ok(both) => both,
         Err(error) => return fail(&format!("cannot start: {error}")),
     };
-    let ended = runtime.block_on(run(start));
+    let ended = sessions.block_on(run(start, handshakes.handle().clone()));
     // All that had to end has; a name that is still being looked up has no one waiting for it.
-    runtime.shutdown_background();
+    sessions.shutdown_background();
+    handshakes.shutdown_background();
     match ended {
         Ok(code) => code,
         Err(error) => fail(&format!("{error:#}")),

@@ -13,6 +13,7 @@ use overlay_core::config::{DaemonConfig, PeersConfig, Transport};
 use overlay_core::control::Incarnation;
 use overlay_core::node::Node;
 use overlay_core::readiness::Report;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -82,13 +83,14 @@ impl Start {
     }
 }
 
-/// Runs a daemon until SIGTERM or SIGINT, and drains it.
+/// Runs a daemon until SIGTERM or SIGINT, and drains it. `handshakes` is the runtime of whoever
+/// has not shown who they are; the caller's is everybody else's.
 ///
 /// # Errors
 /// It could not start, with every reason.
-pub async fn run(start: Start) -> anyhow::Result<ExitCode> {
+pub async fn run(start: Start, handshakes: Handle) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new()?;
-    let daemon = begin(start).await?;
+    let daemon = begin(start, &handshakes).await?;
     Ok(daemon.run_until(&mut signals).await)
 }
 
@@ -128,7 +130,7 @@ struct Daemon {
     endpoints: Arc<Endpoints>,
 }
 
-async fn begin(start: Start) -> anyhow::Result<Daemon> {
+async fn begin(start: Start, handshakes: &Handle) -> anyhow::Result<Daemon> {
     let Start { files, config, peers, confinement } = start;
     let clock = Clock::start();
     let running = Running::of(&config, &peers).context("the configuration cannot be written down")?;
@@ -253,7 +255,9 @@ async fn begin(start: Start) -> anyhow::Result<Daemon> {
     }
     let endpoints = Arc::clone(&context.endpoints);
     for listener in [Some(listener), onion].into_iter().flatten() {
-        accepting.spawn(accept::tls(listener, Arc::clone(&keys), context.clone(), health.clone(), stop.clone()));
+        let (keys, health, stop) = (Arc::clone(&keys), health.clone(), stop.clone());
+        let accept = accept::tls(listener, keys, context.clone(), health, stop, Handle::current());
+        accepting.spawn_on(accept, handshakes);
     }
     accepting.spawn(accept::local(local, context, health, stop.clone()));
 

@@ -1,6 +1,7 @@
 //! A session's bytes, whatever carries them: what is above reads and writes one type.
 
-use std::io;
+use std::io::{self, IoSlice};
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -19,6 +20,21 @@ pub enum Stream {
     Quic(QuicStream),
 }
 
+impl Stream {
+    /// Has the calling task's runtime look after a TCP socket, whichever did until now: the one
+    /// that accepted it goes on waking its tasks otherwise. QUIC's sockets are its endpoint's.
+    ///
+    /// # Errors
+    /// The system refuses another descriptor for it, or another socket to look after.
+    pub fn settle(&mut self) -> io::Result<()> {
+        if let Self::Tcp(stream) = self {
+            let (socket, _) = stream.get_mut();
+            *socket = TcpStream::from_std(socket.as_fd().try_clone_to_owned()?.into())?;
+        }
+        Ok(())
+    }
+}
+
 impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
@@ -33,6 +49,24 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Self::Quic(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Quic(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Tcp(stream) => stream.is_write_vectored(),
+            Self::Quic(stream) => stream.is_write_vectored(),
         }
     }
 

@@ -29,7 +29,7 @@ const QUIET: usize = 200;
 /// How many times its quiet p99 the probe's p99 may be beside an attack (**H**).
 const MOST: f64 = 2.0;
 /// How often a row is run before the probe is late because of the daemon.
-const ATTEMPTS: usize = 3;
+const ATTEMPTS: usize = 5;
 /// For all of them to come.
 const LIMIT: Duration = Duration::from_secs(60);
 /// Streams.

@@ -13,8 +13,10 @@ use overlay_tests::oap::{Wire, request};
 use overlay_tests::trust::Authority;
 use serde_json::{Map, Value, json};
 
-use crate::probe::Probe;
+use crate::probe::{self, Probe};
 use crate::target::{Target, scale};
+
+probe::rows!(k6_expensive_capabilities_are_refused_cheaply);
 
 /// A token of its own for each attempt: none is found in what is remembered.
 type Mint<'a> = Box<dyn Fn(u64) -> Result<Bytes> + 'a>;
@@ -39,7 +41,6 @@ fn cost(target: &Target, count: u64, code: u16, mint: &Mint<'_>) -> Result<f64> 
 /// K6, P-2: tokens of 64 KiB, of claims without number, nested without end, wide as they may be,
 /// signed by the root itself or by nobody: refused at a few times what an honest one costs that
 /// the daemon sees for the first time; the session goes on.
-#[test]
 fn k6_expensive_capabilities_are_refused_cheaply() -> Result<()> {
     // Fewer than a session may be refused at once.
     let count = scale(300, 700) as u64;

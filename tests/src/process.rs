@@ -8,7 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 
 use crate::wait::{self, Look};
 
@@ -73,6 +73,29 @@ impl Process {
         {
             let _ = kill_process(pid, signal);
         }
+    }
+
+    /// Descriptors that it has open.
+    ///
+    /// # Errors
+    /// It is gone, or its descriptors are root's to look at and this is not root.
+    pub fn descriptors(&self) -> Result<u64> {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.id()))
+            .context("only root may look at a process that cannot be dumped: run these tests as root")?;
+        Ok(open.count() as u64)
+    }
+
+    /// It may have so many descriptors open from now on, and no more.
+    ///
+    /// # Errors
+    /// It is gone, or it was allowed fewer.
+    pub fn limit_descriptors(&self, most: u64) -> Result<()> {
+        let pid = i32::try_from(self.id()).ok().and_then(Pid::from_raw).context("a process's number")?;
+        let allowed = fs::read_to_string(format!("/proc/{}/limits", self.id()))?;
+        let allowed = allowed.lines().find(|line| line.starts_with("Max open files")).context("no limit of files")?;
+        let maximum = allowed.split_whitespace().nth(4).and_then(|hard| hard.parse().ok());
+        prlimit(Some(pid), Resource::Nofile, Rlimit { current: Some(most), maximum })?;
+        Ok(())
     }
 
     /// Waits for the process to end by itself.

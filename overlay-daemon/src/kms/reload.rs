@@ -118,7 +118,7 @@ impl Keys {
             let keys = Arc::clone(&self);
             let Ok(outcome) = tokio::task::spawn_blocking(move || keys.reload(clock.unix_ms())).await else { continue };
             match outcome {
-                Reload::Unchanged => {}
+                Reload::Unchanged | Reload::StillRefused => {}
                 Reload::Replaced => {
                     metrics.key_reload(true);
                     metrics.certificate_expiry(self.current().not_after_ms());
@@ -129,7 +129,6 @@ impl Keys {
                     let errors = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
                     tracing::warn!(errors, "keys not reloaded, the old ones stay");
                 }
-                Reload::StillRefused => metrics.key_reload(false),
             }
         }
     }

@@ -330,7 +330,7 @@ impl Overlay {
     /// one peer use what the daemon has.
     ///
     /// `memory_bytes` is four times what is held for repair by default: a quarter for that, the
-    /// rest for full numbers of sessions at rest (16 KiB each), their queues and uploads. A
+    /// rest for full numbers of sessions at rest (20 KiB each), their queues and uploads. A
     /// Micronode so fits the 256 MiB that a small pod is usually given.
     #[must_use]
     pub fn defaults(profile: Profile, listen: SocketAddr) -> Self {

@@ -182,7 +182,10 @@ impl Entry {
     pub(super) fn hand_over(&mut self, batch: &[Frame]) {
         let (sum, largest) =
             batch.iter().map(Frame::wire_len).fold((0, 0), |(sum, most), len| (sum + len, len.max(most)));
-        self.writing = sum.min(WRITE_BYTES.max(largest)) as u64 + batch.len() as u64 * FRAME_BYTES;
+        let encoded = sum.min(WRITE_BYTES.max(largest)) as u64;
+        // TLS holds it once more, encrypted; QUIC's windows are in `buffers`.
+        let copies = if matches!(self.transport, Some(Transport::Tcp | Transport::Tor)) { 2 } else { 1 };
+        self.writing = copies * encoded + batch.len() as u64 * FRAME_BYTES;
         self.writer_idle = false;
     }
 

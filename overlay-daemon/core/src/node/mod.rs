@@ -502,7 +502,9 @@ impl Node {
     }
 
     /// How full what writes wait for is, 0 to 100: requests in flight, or the lanes of every
-    /// link. One slow peer is its own matter, as long as another takes what is pushed.
+    /// link. Not the fullest lane: one slow peer is its own matter, as long as another takes what
+    /// is pushed, and a slow subscriber is told of a Gap; either could otherwise have everybody's
+    /// writes refused by not reading.
     #[must_use]
     pub fn pressure(&self) -> u8 {
         let lanes = self.links.values().filter_map(|id| self.sessions.get(id)).map(|entry| entry.lanes.percent()).min();

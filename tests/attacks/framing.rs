@@ -15,7 +15,7 @@ use overlay_core::identity::TenantId;
 use overlay_core::record::{Piece, Publish};
 use overlay_tests::oap::{Wire, request, start};
 use overlay_tests::on_both_profiles;
-use overlay_tests::wait::now;
+use overlay_tests::wait::{self, now};
 
 use crate::probe::Probe;
 use crate::target::{Target, later, scale};
@@ -23,11 +23,15 @@ use crate::target::{Target, later, scale};
 on_both_profiles!(
     by crate::probe::run:
     f1_claimed_lengths_are_not_allocated,
+    f1_claimed_lengths_are_not_allocated_under_tls,
     f6_endless_empty_frames_are_throttled_and_closed,
     f7_streams_begun_and_ended_in_mass_are_capped_and_closed,
     f7_streams_that_never_end_are_bounded,
 );
 
+const LIMIT: Duration = Duration::from_secs(60);
+/// Whoever is not the probe.
+const CLIENT: &str = "spiffe://overlay.test/ns/test/client/other";
 /// A header of a frame of 1 MiB, REQ on stream 3.
 const CLAIM: [u8; 38] = {
     let mut header = [0; 38];
@@ -47,6 +51,7 @@ fn f1_claimed_lengths_are_not_allocated(profile: Profile) -> Result<()> {
     let count = scale(1_000, 10_000);
     let mut target = Target::start(profile, |config| {
         config.overlay.max_sessions = 20_000;
+        config.overlay.memory_bytes = 1 << 30;
         // Long enough to hold all of them at once.
         config.overlay.read_timeout_ms = scale(3_000, 20_000) as u64;
         config.overlay.idle_timeout_ms = 60_000;
@@ -57,10 +62,14 @@ fn f1_claimed_lengths_are_not_allocated(profile: Profile) -> Result<()> {
     for _ in 0..WAVES {
         let timeouts = target.rejected("timeout")?;
         let mut held = Vec::with_capacity(count);
-        for _ in 0..count {
+        for n in 1..=count {
             let mut wire = Wire::local(&target.socket())?;
             wire.stream.write_all(&CLAIM)?;
             held.push(wire);
+            // A few at a time: what coming and going in mass does to others is S4's matter.
+            if n % 20 == 0 {
+                wait::until_true("the daemon to hold them", LIMIT, || Ok(target.connections()? > n))?;
+            }
         }
         let each = target.resident_kib()?.saturating_sub(base) as f64 / target.connections()? as f64;
         println!("f1: {each:.1} KiB resident a connection that claims 1 MiB, {} held", target.connections()?);
@@ -72,6 +81,31 @@ fn f1_claimed_lengths_are_not_allocated(profile: Profile) -> Result<()> {
     }
     println!("f1: KiB resident: {base} before, {after:?} after each wave");
     ensure!(after[WAVES - 1] as f64 <= after[WAVES / 2 - 1] as f64 * later(), "later waves leave more: {after:?}");
+    probe.finish("f1")?;
+    target.assert_alive()
+}
+
+/// F1 over TLS, whose own buffers count: the same claim costs at most 64 KiB a session.
+fn f1_claimed_lengths_are_not_allocated_under_tls(profile: Profile) -> Result<()> {
+    let count = scale(200, 2_000);
+    let mut target = Target::start(profile, |config| {
+        config.overlay.max_sessions = 20_000;
+        config.overlay.read_timeout_ms = scale(5_000, 20_000) as u64;
+        config.overlay.idle_timeout_ms = 60_000;
+    })?;
+    let (probe, offer) = (Probe::start(&target)?, target.offer(CLIENT)?);
+    let (base, timeouts) = (target.resident_kib()?, target.rejected("timeout")?);
+    let mut held = Vec::with_capacity(count);
+    for _ in 0..count {
+        let (mut wire, _) = offer.greet(target.address)?;
+        wire.stream.write_all(&CLAIM)?;
+        held.push(wire);
+    }
+    let each = target.resident_kib()?.saturating_sub(base) as f64 / target.connections()? as f64;
+    println!("f1: {each:.1} KiB resident a TLS session that claims 1 MiB, {} held", target.connections()?);
+    ensure!(each <= 64.0, "{each} KiB");
+    target.until_connections(1)?;
+    ensure!(target.rejected("timeout")? == timeouts + count as f64, "each is counted once");
     probe.finish("f1")?;
     target.assert_alive()
 }

@@ -1,6 +1,7 @@
 //! File descriptors: how many connections may take, so that admin HTTP, dialling and files
 //! always find one.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -60,11 +61,22 @@ impl Descriptors {
 
 /// Open descriptors of those allowed; 0 where the system does not say.
 fn open_percent() -> u8 {
-    let open = match std::fs::read_dir("/proc/self/fd") {
-        Ok(open) => open.count() as u64,
-        Err(error) => return if is_exhaustion(&error) { 100 } else { 0 },
-    };
-    getrlimit(Resource::Nofile).current.map_or(0, |limit| percent(open, limit))
+    match count_open() {
+        Ok(open) => getrlimit(Resource::Nofile).current.map_or(0, |limit| percent(open, limit)),
+        Err(error) if is_exhaustion(&error) => 100,
+        Err(_) => 0,
+    }
+}
+
+/// From Linux 6.2 on the folder's size is their number. To list ten thousand of them, as before
+/// that, takes 5 ms, in which a thread that sessions wait for does nothing else.
+fn count_open() -> io::Result<u64> {
+    const OPEN: &str = "/proc/self/fd";
+    // Opened, and not only asked for its size: where there is no descriptor left this says so.
+    match File::open(OPEN)?.metadata()?.len() {
+        0 => Ok(std::fs::read_dir(OPEN)?.count() as u64),
+        open => Ok(open),
+    }
 }
 
 /// Whether the process or the system has no descriptor left.

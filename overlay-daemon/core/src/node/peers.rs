@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use super::entry::Remote;
 use super::pace::gossip_bucket;
 use super::{Clock, Entry, Kind, Node, Output, Party, SessionId, Wire};
 use crate::Millis;
@@ -72,7 +73,7 @@ impl Node {
         if let Some(entry) = self.sessions.get_mut(&id) {
             entry.lanes.limit(burst, clock.now);
             entry.gossip = Some(gossip_bucket(burst, clock.now));
-            entry.party = Party::Peer(super::entry::Remote {
+            entry.party = Party::Peer(Remote {
                 identity,
                 incarnation: daemon.incarnation,
                 name: daemon.name,
@@ -143,8 +144,16 @@ impl Node {
     /// Whether the peer at a place has a session.
     #[must_use]
     pub fn is_up(&self, place: usize) -> bool {
-        let remotes = self.sessions.values().filter(|entry| !entry.closing).filter_map(Entry::remote);
-        remotes.into_iter().any(|remote| remote.configured == Some(place))
+        self.remotes().any(|(_, entry, remote)| !entry.closing && remote.configured == Some(place))
+    }
+
+    /// The sessions with peers. By their links, and not by looking at every session for them:
+    /// clients are thousands, and everybody waits meanwhile.
+    pub(super) fn remotes(&self) -> impl Iterator<Item = (SessionId, &Entry, &Remote)> {
+        self.links.values().filter_map(|id| {
+            let entry = self.sessions.get(id)?;
+            Some((*id, entry, entry.remote()?))
+        })
     }
 
     /// Closes the sessions of peers that are no longer configured and had time to drain.
@@ -176,7 +185,7 @@ impl Node {
     /// none: a daemon that comes as many cannot keep the others out.
     fn leaves_room(&self, configured: Option<usize>) -> bool {
         let mut missing: BTreeSet<usize> = self.places.iter().map(|(place, _)| place).collect();
-        for place in self.sessions.values().filter_map(|entry| entry.remote()?.configured) {
+        for place in self.remotes().filter_map(|(_, _, remote)| remote.configured) {
             missing.remove(&place);
         }
         let awaited = configured.is_some_and(|place| missing.contains(&place));
@@ -186,19 +195,9 @@ impl Node {
     /// Of two sessions between one pair, the one dialled by the lower (identity, incarnation)
     /// stays; of two dialled by the same side, the newer. Whether that is `id`.
     fn prefer(&mut self, id: SessionId, identity: &SpiffeId, daemon: &DaemonHello) -> bool {
-        let same = |entry: &Entry| {
-            entry
-                .remote()
-                .is_some_and(|remote| remote.identity == *identity && remote.incarnation == daemon.incarnation)
-        };
-        let Some(other) = self
-            .sessions
-            .iter()
-            .find(|(other, entry)| **other != id && !entry.closing && same(entry))
-            .map(|(other, _)| *other)
-        else {
-            return true;
-        };
+        let same = |remote: &Remote| remote.identity == *identity && remote.incarnation == daemon.incarnation;
+        let other = self.remotes().find(|(other, entry, remote)| *other != id && !entry.closing && same(remote));
+        let Some((other, ..)) = other else { return true };
         let role = |id| self.sessions.get(&id).map(|entry| entry.session.role());
         let we_are_lower = (&self.identity, self.hello.incarnation) < (identity, daemon.incarnation);
         let keeps = if we_are_lower { Role::Dialler } else { Role::Acceptor };
@@ -290,8 +289,7 @@ impl Node {
             self.engine.handle_link_down(remote.link);
         }
         let Some(peer) = remote.configured else { return };
-        let another =
-            self.sessions.values().any(|entry| entry.remote().is_some_and(|other| other.configured == Some(peer)));
+        let another = self.remotes().any(|(_, _, other)| other.configured == Some(peer));
         if !another {
             self.outputs.push_back(Output::Peer { peer, up: false });
         }
@@ -300,8 +298,7 @@ impl Node {
     /// Distinct daemons with an active session.
     #[must_use]
     pub fn peers_up(&self) -> u32 {
-        let mut seen: Vec<_> =
-            self.sessions.values().filter_map(Entry::remote).map(|r| (&r.identity, r.incarnation)).collect();
+        let mut seen: Vec<_> = self.remotes().map(|(_, _, r)| (&r.identity, r.incarnation)).collect();
         seen.sort_unstable();
         seen.dedup();
         u32::try_from(seen.len()).unwrap_or(u32::MAX)

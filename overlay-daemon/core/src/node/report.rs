@@ -40,13 +40,15 @@ impl Node {
     /// else's.
     #[must_use]
     pub fn inflight(&self) -> Vec<u32> {
-        let mut inflight = vec![0_u32; self.places.span() + 1];
-        for entry in self.sessions.values() {
-            let place = entry.remote().and_then(|remote| remote.configured).unwrap_or(self.places.span());
-            if let Some(sum) = inflight.get_mut(place) {
+        let mut inflight = vec![0_u32; self.places.span()];
+        let mut others = self.quota.inflight();
+        for (_, entry, remote) in self.remotes() {
+            if let Some(sum) = remote.configured.and_then(|place| inflight.get_mut(place)) {
                 *sum = sum.saturating_add(entry.quota.inflight());
+                others = others.saturating_sub(entry.quota.inflight());
             }
         }
+        inflight.push(others);
         inflight
     }
 }

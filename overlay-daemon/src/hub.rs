@@ -308,7 +308,11 @@ impl Turn {
 
     fn carry_out(&mut self, output: Output) {
         match output {
-            Output::Close(id) => drop(self.live.remove(&id)),
+            Output::Close(id) => {
+                if let Some(live) = self.live.remove(&id) {
+                    live.gate.pause(Millis::NEVER);
+                }
+            }
             Output::Peer { peer, up } => {
                 if let Some(sender) = self.peers.up.get(peer) {
                     sender.send_replace(up);

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
+use overlay_core::Millis;
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::grant::{Grant, Holder};
 use overlay_core::memory::WRITE_BYTES;
@@ -44,6 +45,8 @@ const REST_BYTES: usize = 256;
 /// A payload of this size is sent as it lies: TLS reads it there, however many sessions share it.
 /// To copy a smaller one behind others costs less than to look after one more piece.
 const LARGE_BYTES: usize = 8 * 1024;
+/// What is read of a closed session at the most.
+const DISCARDED: usize = 1024 * 1024;
 /// For how long the other side of a closed session may go on sending.
 const LINGER: Duration = Duration::from_secs(1);
 
@@ -227,6 +230,9 @@ impl Reader {
         loop {
             // What was read already waits too, and what was not fills the other side's window.
             while let Some(until) = self.gate.paused(&self.context.clock) {
+                if until == Millis::NEVER {
+                    return discard(read).await;
+                }
                 sleep_until(self.context.clock.instant(until)).await;
             }
             match codec::decode(&mut buf) {
@@ -300,6 +306,22 @@ impl Reader {
     fn judge(&self, frame: &Frame) -> Result<Grant, Refusal> {
         self.context.verifier.verify(&frame.cap, &self.holder, self.context.clock.unix_ms())
     }
+}
+
+/// What still comes of a session that the hub has closed is taken off the socket, or it would be
+/// reset under what was sent last, and thrown away unseen. Past [`DISCARDED`] it is left where it
+/// is: this is a flood, and the session ends without it.
+async fn discard<R: AsyncRead + Unpin>(mut read: R) -> Ended {
+    let (mut buf, mut left) = (BytesMut::with_capacity(SOME_BYTES), DISCARDED);
+    while left > 0 {
+        buf.clear();
+        match read.read_buf(&mut buf).await {
+            Ok(0) => return Ended::Left,
+            Ok(bytes) => left = left.saturating_sub(bytes),
+            Err(_) => return Ended::Gone,
+        }
+    }
+    std::future::pending().await
 }
 
 /// Sends batches until the hub has no more to give, which closes the connection, or until

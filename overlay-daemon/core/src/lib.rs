@@ -34,6 +34,9 @@ pub mod config;
 pub struct Millis(pub u64);
 
 impl Millis {
+    /// The end of time.
+    pub const NEVER: Self = Self(u64::MAX);
+
     /// This time plus `ms` milliseconds, at most the end of time.
     #[must_use]
     pub fn after(self, ms: u64) -> Self {

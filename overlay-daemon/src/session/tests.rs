@@ -225,10 +225,37 @@ async fn f6_a_flood_is_not_read_then_closed() {
     assert_eq!(last, 429);
     let sent = tasks.join_next().await.unwrap().unwrap();
     // The burst; at each pause what was saved up since the last and what waited for the hub by
-    // then; and what pipe and buffer held.
-    let (a_pause, held) = (100 + QUEUE as u64, 2 * 64 * 1024 / 38);
+    // then; what pipe and buffer held; and what is thrown away after the close.
+    let (a_pause, held) = (100 + QUEUE as u64, (2 * 64 * 1024 + DISCARDED as u64) / 38);
     assert!(sent <= 4_000 + 102 * a_pause + held, "{sent} frames were taken");
     assert!((95..130).contains(&answered), "after ten seconds: {answered}");
+}
+
+/// F6: of a session that the hub has closed no more is read than what may be on its way: whoever
+/// floods on finds the pipe full, and the refusal that was sent last still comes.
+#[tokio::test(start_paused = true)]
+async fn f6_what_comes_after_the_close_is_not_read() {
+    let mut bench = Bench::new();
+    let mut client = bench.connect();
+    // Before HELLO, anything else closes.
+    let early = codec::encoded(&frame(Flags::default(), AppProto::PUBSUB, 9, Bytes::new())).unwrap();
+    let len = early.len();
+    let (mut read, mut write) = tokio::io::split(client.stream);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut sent = 0;
+        while sent < 300_000 && write.write_all(&early).await.is_ok() {
+            sent += 1;
+        }
+        sent
+    });
+    client.inbox.clear();
+    while matches!(read.read_buf(&mut client.inbox).await, Ok(1..)) {}
+    let refusal = codec::decode(&mut client.inbox).unwrap().unwrap();
+    assert_eq!((refusal.code, client.inbox.len()), (400, 0), "one refusal, and the end");
+    let sent = tasks.join_next().await.unwrap().unwrap();
+    let held = (DISCARDED + 3 * READ_BYTES) / len;
+    assert!(sent <= held + QUEUE, "{sent} frames were taken, {held} fit");
 }
 
 /// I-6: whoever keeps the hub's queue full does not keep from it that writes are to be shed, nor

@@ -96,7 +96,8 @@ pub enum Output {
     Rejected(Reason),
     /// HELLO made the session active.
     Opened(SessionId),
-    /// Read nothing more of the session until then: too much of it was useless.
+    /// Read nothing more of the session until then: too much of it was useless. Of one that is
+    /// closing, read nothing more at all.
     Pause(SessionId, Millis),
 }
 
@@ -586,6 +587,8 @@ impl Node {
     fn close_when_sent(&mut self, id: SessionId) {
         if let Some(entry) = self.sessions.get_mut(&id) {
             entry.closing = true;
+            // A flood would be read, and every frame looked at, for as long as it is not closed.
+            self.outputs.push_back(Output::Pause(id, Millis::NEVER));
         }
         self.close_if_sent(id);
     }

@@ -103,7 +103,7 @@ impl Node {
             Verdict::Go => {}
             Verdict::Pause(until) => self.outputs.push_back(Output::Pause(id, until)),
             Verdict::Close => {
-                self.outputs.push_back(Output::Pause(id, Millis(u64::MAX)));
+                self.outputs.push_back(Output::Pause(id, Millis::NEVER));
                 self.refuse_session(id, &Refusal::later(Status::QuotaExhausted, "too many useless frames", 1_000));
             }
         }

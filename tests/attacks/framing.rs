@@ -18,7 +18,7 @@ use overlay_tests::on_both_profiles;
 use overlay_tests::wait::{self, now};
 
 use crate::probe::Probe;
-use crate::target::{Target, later, scale};
+use crate::target::{CLIENT, Target, later, scale};
 
 on_both_profiles!(
     by crate::probe::run:
@@ -30,8 +30,6 @@ on_both_profiles!(
 );
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// Whoever is not the probe.
-const CLIENT: &str = "spiffe://overlay.test/ns/test/client/other";
 /// A header of a frame of 1 MiB, REQ on stream 3.
 const CLAIM: [u8; 38] = {
     let mut header = [0; 38];

@@ -22,7 +22,7 @@ use overlay_tests::wait::{self, Look, now};
 use rustix::net::sockopt::set_socket_recv_buffer_size;
 
 use crate::probe::Probe;
-use crate::target::{Target, later, scale};
+use crate::target::{CLIENT, Target, later, scale};
 
 on_both_profiles!(
     by crate::probe::run:
@@ -33,8 +33,6 @@ on_both_profiles!(
 );
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// Whoever is not the probe.
-const CLIENT: &str = "spiffe://overlay.test/ns/test/client/other";
 
 /// A session that subscribes to `topic`, by TLS.
 fn subscribed(daemon: &Daemon, offer: &Offer, topic: &str) -> Result<Tls> {
@@ -169,6 +167,7 @@ fn s3_without_descriptors_it_is_live_and_not_ready(profile: Profile) -> Result<(
     })?;
     let probe = Probe::start(&target)?;
     let log = target.process.log().lines().count();
+    let (errors, begin) = (target.metric("overlay_accept_errors_total")?, now());
     let mut held = Vec::new();
     for _ in 0..scale(500, 1_000) {
         // Past what waits to be accepted the system lets nobody in.
@@ -183,14 +182,15 @@ fn s3_without_descriptors_it_is_live_and_not_ready(profile: Profile) -> Result<(
     wait::throughout("admin HTTP to answer", Duration::from_secs(3), || {
         Ok(http::get(target.admin, "/healthz")?.status == 200)
     })?;
+    let rate = (target.metric("overlay_accept_errors_total")? - errors) / (now() - begin).as_secs_f64();
+    ensure!(rate <= MOST_ERRORS_A_SECOND, "{rate} errors a second");
     let held_open = held.len();
     held.clear();
     wait::until_true("it to be ready again", LIMIT, || Ok(target.is_ready()))?;
     target.until_connections(1)?;
 
     // It may open nothing more than it has open now.
-    let errors = target.metric("overlay_accept_errors_total")?;
-    let begin = now();
+    let (errors, begin) = (target.metric("overlay_accept_errors_total")?, now());
     target.process.limit_descriptors(target.process.descriptors()?)?;
     for _ in 0..20 {
         held.push(TcpStream::connect(target.address)?);

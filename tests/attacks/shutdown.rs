@@ -15,13 +15,12 @@ use overlay_tests::on_both_profiles;
 use overlay_tests::wait;
 use rustix::process::Signal;
 
-use crate::target::{Target, scale};
+use crate::target::{CLIENT, Target, scale};
 
 on_both_profiles!(s5_sigterm_at_any_instant_loses_nothing_accepted);
 
 /// For the process to end, its own drain timeout and joining included.
 const LIMIT: Duration = Duration::from_secs(30);
-const CLIENT: &str = "spiffe://overlay.test/ns/test/client/other";
 /// Publishers, each as fast as it is answered.
 const PUBLISHERS: u64 = 3;
 

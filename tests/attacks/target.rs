@@ -7,6 +7,9 @@ use anyhow::Result;
 use overlay_core::config::{DaemonConfig, Profile};
 use overlay_tests::daemon::{Daemon, raise_descriptors};
 
+/// Whoever is not the probe.
+pub(crate) const CLIENT: &str = "spiffe://overlay.test/ns/test/client/other";
+
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// A daemon, and the right to attack.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256;
 use rustls::pki_types::ServerName;
-use rustls::quic::{ClientConnection, KeyChange, Keys, Suite, Version};
+use rustls::quic::{ClientConnection, KeyChange, Keys, Secrets, Suite, Version};
 use rustls::{ClientConfig, Side};
 
 /// Bytes that a datagram with an Initial must have at least.
@@ -24,6 +24,8 @@ const MOST: usize = 1_400;
 const NUMBER: usize = 4;
 const TAG: usize = 16;
 const SAMPLE: usize = 16;
+/// The bit of a session packet's first byte that turns with each change of keys.
+const PHASE: u8 = 0x04;
 /// The client's name for the connection.
 const OWN: [u8; 8] = *b"attacker";
 /// What the daemon is called first is made up by each client, another one each time.
@@ -62,6 +64,9 @@ pub struct Attacker {
     socket: UdpSocket,
     tls: ClientConnection,
     keys: BTreeMap<Level, Keys>,
+    /// What the session's next keys come from, and the bit of those in use.
+    next: Option<Secrets>,
+    phase: u8,
     /// The daemon's name for the connection.
     daemon: Vec<u8>,
     /// From a Retry.
@@ -117,6 +122,8 @@ impl Attacker {
             socket,
             tls,
             keys: BTreeMap::new(),
+            next: None,
+            phase: 0,
             daemon: MADE_UP.fetch_add(1, Ordering::Relaxed).to_be_bytes().to_vec(),
             token: Vec::new(),
             numbers: BTreeMap::new(),
@@ -214,7 +221,7 @@ impl Attacker {
             Level::Initial => 0xc3,
             Level::Early => 0xd3,
             Level::Handshake => 0xe3,
-            Level::Session => return [&[0x43], &self.daemon[..]].concat(),
+            Level::Session => return [&[0x43 | self.phase], &self.daemon[..]].concat(),
         };
         let mut header = vec![kind, 0, 0, 0, 1];
         for name in [&self.daemon[..], &OWN] {
@@ -342,19 +349,31 @@ impl Attacker {
         let end = if level == Level::Session { reader.bytes.len() } else { reader.varint()? as usize + reader.at };
         at = reader.at;
         // Keys that are not there yet, or no more: a packet that came out of order.
-        let Some(keys) = self.keys.get(&level).map(|keys| &keys.remote) else { return Ok(end) };
+        let Some(keys) = self.keys.get_mut(&level) else { return Ok(end) };
         let packet = bytes.get_mut(..end).context("a short packet")?;
         let (front, rest) = packet.split_at_mut(at);
         let (number, sample) = rest.split_at_mut(NUMBER);
-        keys.header.decrypt_in_place(&sample[..SAMPLE], &mut front[0], number)?;
+        keys.remote.header.decrypt_in_place(&sample[..SAMPLE], &mut front[0], number)?;
         let length = usize::from(front[0] & 3) + 1;
         let number = number[..length].iter().fold(0, |number, byte| number << 8 | u64::from(*byte));
+        // The daemon changes keys whenever it likes (RFC 9001 section 6), and is followed.
+        let mut changed = None;
+        if level == Level::Session && front[0] & PHASE != self.phase {
+            let mut next = self.next.clone().context("the session's keys come with what the next are made of")?;
+            changed = Some((next.next_packet_keys(), next));
+        }
         let (header, payload) = packet.split_at_mut(at + length);
+        let remote = changed.as_ref().map_or(&keys.remote.packet, |(changed, _)| &changed.remote);
         // What is not of this connection any more: a reset, say.
-        let Ok(frames) = keys.packet.decrypt_in_place(number, header, payload).map(<[u8]>::to_vec) else {
+        let Ok(frames) = remote.decrypt_in_place(number, header, payload).map(<[u8]>::to_vec) else {
             came.push(Came::Other);
             return Ok(end);
         };
+        if let Some((changed, next)) = changed {
+            (keys.local.packet, keys.remote.packet) = (changed.local, changed.remote);
+            self.next = Some(next);
+            self.phase ^= PHASE;
+        }
         let last = self.heard.entry(level).or_insert(number..=number);
         if number == last.end() + 1 {
             *last = *last.start()..=number;
@@ -422,8 +441,9 @@ impl Attacker {
             self.send_all(at, &bytes)?;
             match change {
                 Some(KeyChange::Handshake { keys }) => drop(self.keys.insert(Level::Handshake, keys)),
-                Some(KeyChange::OneRtt { keys, .. }) => {
+                Some(KeyChange::OneRtt { keys, next }) => {
                     self.keys.insert(Level::Session, keys);
+                    self.next = Some(next);
                     self.ready = true;
                 }
                 None => {}

@@ -81,8 +81,8 @@ pub async fn tls(
             () = stop.accepting.cancelled(), if listener.is_some() => drop(listener.take()),
             Some(ended) = sessions.join_next() => count_panic(&context.metrics, &ended),
             Some(shaken) = handshakes.join_next() => match shaken {
-                Ok((shaken, address, current)) => {
-                    sessions.spawn_on(serve(shaken, address, current, context.clone()), &sessions_on);
+                Ok((shaken, address, bundle)) => {
+                    sessions.spawn_on(serve(shaken, address, bundle, context.clone()), &sessions_on);
                 }
                 Err(_) => count_panic(&context.metrics, &shaken),
             },
@@ -110,23 +110,24 @@ async fn next(listener: &mut Option<Listener>) -> Result<Accepted, AcceptError> 
     }
 }
 
-/// What came of a handshake, with whom, by which keys.
-type Shaken = (Result<Connection, HandshakeError>, SocketAddr, Arc<KeySet>);
+/// What came of a handshake, with whom, by which authorities. Not the keys themselves: they would
+/// stay for as long as the session does, replaced or not.
+type Shaken = (Result<Connection, HandshakeError>, SocketAddr, blake3::Hash);
 
 async fn shake(accepted: Accepted, current: Arc<KeySet>) -> Shaken {
     let address = accepted.address();
-    (accepted.handshake(&current).await, address, current)
+    (accepted.handshake(&current).await, address, current.bundle())
 }
 
 async fn serve(
     shaken: Result<Connection, HandshakeError>,
     address: SocketAddr,
-    current: Arc<KeySet>,
+    bundle: blake3::Hash,
     context: Context,
 ) {
     // Its socket is from now on looked after where the session runs.
     let shaken = shaken.and_then(|mut connection| connection.stream.settle().map(|()| connection).map_err(Into::into));
-    hold(shaken, address, &current, &context).await;
+    hold(shaken, address, bundle, &context).await;
 }
 
 /// Accepts QUIC sessions until told to stop, as [`tls`] does; also ends where the socket has
@@ -150,15 +151,23 @@ pub async fn quic(mut listener: QuicListener, keys: Arc<Keys>, context: Context,
 
 async fn serve_quic(accepted: QuicAccepted, keys: Arc<Keys>, context: Context) {
     let address = accepted.address();
-    let current = keys.current();
-    hold(accepted.handshake(&current).await, address, &current, &context).await;
+    let (shaken, address, bundle) = {
+        let current = keys.current();
+        (accepted.handshake(&current).await, address, current.bundle())
+    };
+    hold(shaken, address, bundle, &context).await;
 }
 
-async fn hold(shaken: Result<Connection, HandshakeError>, address: SocketAddr, current: &KeySet, context: &Context) {
+async fn hold(
+    shaken: Result<Connection, HandshakeError>,
+    address: SocketAddr,
+    bundle: blake3::Hash,
+    context: &Context,
+) {
     match shaken {
         Ok(connection) => {
             context.metrics.key_exchange(connection.group);
-            context.hold(connection, None, current.bundle()).await;
+            context.hold(connection, None, bundle).await;
         }
         Err(error) => {
             // Debug: whoever can connect could otherwise fill the log.

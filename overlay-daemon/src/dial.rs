@@ -77,9 +77,10 @@ impl Dialler {
                     warned = false;
                     let ends_ms = connection.peer_not_after_ms.min(own.not_after_ms());
                     let number = plan.handle_session(ends_ms, connection.deadline);
-                    let (context, place) = (self.context.clone(), self.place);
+                    // Not the keys themselves: they would stay for as long as the session does.
+                    let (context, place, bundle) = (self.context.clone(), self.place, own.bundle());
                     holding.spawn(async move {
-                        context.hold(connection, Some(place), own.bundle()).await;
+                        context.hold(connection, Some(place), bundle).await;
                         number
                     });
                     continue;

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use overlay_core::Millis;
+use overlay_core::config::Transport;
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::grant::{Grant, Holder};
 use overlay_core::memory::WRITE_BYTES;
@@ -113,12 +114,13 @@ impl Context {
         };
         let left = connection.peer_not_after_ms.saturating_sub(self.clock.unix_ms());
         let ends = self.clock.instant(self.clock.now().after(left));
-        let over = async {
+        // In a box: it would else lie in each of the futures that it is handed through.
+        let over = Box::pin(async {
             tokio::select! {
                 () = sleep_until(ends) => {}
                 () = self.distrusted(connection.chain, dialled.is_some(), bundle) => {}
             }
-        };
+        });
         context.run(connection.stream, opening, Some(connection.group), over).await;
         drop(connection.descriptor);
     }
@@ -156,45 +158,64 @@ impl Context {
     {
         let id = SessionId(self.ids.fetch_add(1, Ordering::Relaxed));
         let holder = opening.holder.clone();
+        // What is logged on behalf of a session says which.
+        let span = tracing::info_span!("session", session = id.0);
+        span.in_scope(|| {
+            let (transport, dialled) = (opening.transport.map_or("unix", Transport::label), opening.dialled.is_some());
+            tracing::debug!(identity = %holder, transport, group = opening.group, dialled, "session opened");
+        });
         let (writer, batches) = mpsc::channel(1);
         let gate = Arc::<Gate>::default();
-        if self.hub.send(Input::Open { id, opening, group, writer, gate: Arc::clone(&gate) }).await.is_err() {
-            return;
-        }
+        // A place first, here and wherever a session tells the hub something: what waits for one
+        // keeps room for all that it will say, for as long as the session lives.
+        let Ok(place) = self.hub.reserve().await else { return };
+        place.send(Input::Open { id, opening, group, writer, gate: Arc::clone(&gate) });
         let (read, write) = tokio::io::split(stream);
-        // What is logged on behalf of a session says which; who it is stands in `status`.
-        let span = tracing::info_span!("session", session = id.0);
         let mut tasks = JoinSet::new();
         tasks.spawn(Reader { id, holder, gate, context: self.clone() }.run(read).instrument(span.clone()));
-        tasks.spawn(send_batches(id, write, batches, self.clone()).instrument(span));
-        tokio::select! {
-            () = self.first_end(id, &mut tasks) => {}
-            () = over => {}
-        }
+        tasks.spawn(send_batches(id, write, batches, self.clone()).instrument(span.clone()));
+        let why = tokio::select! {
+            why = self.first_end(id, &mut tasks) => why,
+            () = over => "nothing vouches for the other side's certificate any more",
+        };
+        span.in_scope(|| tracing::debug!(why, "session closed"));
         tasks.shutdown().await;
-        let _stopping = self.hub.send(Input::Closed(id)).await;
+        self.closed(id).await;
     }
 
-    /// Waits until a session's tasks are of no more use. Whichever ends first ends the other: a
-    /// half-open session helps nobody. Only the reader's end waits for the writer, to tell of a
-    /// broken frame or to say goodbye, and the writer's end for what the other side still sends.
-    async fn first_end(&self, id: SessionId, tasks: &mut JoinSet<Ended>) {
+    async fn closed(&self, id: SessionId) {
+        // Where there is none the daemon stops.
+        if let Ok(place) = self.hub.reserve().await {
+            place.send(Input::Closed(id));
+        }
+    }
+
+    /// Waits until a session's tasks are of no more use; why they are. Whichever ends first ends
+    /// the other: a half-open session helps nobody. Only the reader's end waits for the writer, to
+    /// tell of a broken frame or to say goodbye, and the writer's end for what the other side still
+    /// sends.
+    async fn first_end(&self, id: SessionId, tasks: &mut JoinSet<Ended>) -> &'static str {
         loop {
             match tasks.join_next().await {
-                None | Some(Ok(Ended::Gone)) => return,
+                None => return "both sides are done",
+                Some(Ok(Ended::Gone(why))) => return why,
                 Some(Ok(Ended::BrokenFrame)) => {}
                 Some(Ok(Ended::Left)) => {
                     // The hub lets go of the writer, which then closes its side.
-                    let _stopping = self.hub.send(Input::Closed(id)).await;
-                    return drop(timeout(LINGER, tasks.join_next()).await);
+                    self.closed(id).await;
+                    drop(timeout(LINGER, tasks.join_next()).await);
+                    return "the other side left";
                 }
-                Some(Ok(Ended::Closed)) => return drop(timeout(LINGER, tasks.join_next()).await),
+                Some(Ok(Ended::Closed)) => {
+                    drop(timeout(LINGER, tasks.join_next()).await);
+                    return "this side closed it";
+                }
                 Some(Err(error)) => {
                     // This session alone ends (S6); the panic itself is in the log already.
                     if error.is_panic() {
                         self.metrics.session_panic();
                     }
-                    return;
+                    return "a fault of its own";
                 }
             }
         }
@@ -203,8 +224,8 @@ impl Context {
 
 /// How a task of a session ended.
 enum Ended {
-    /// Nothing more will come, or can be sent.
-    Gone,
+    /// Nothing more will come, or can be sent: why.
+    Gone(&'static str),
     /// The other side closed in order.
     Left,
     /// The writer has a refusal to send, and then closes.
@@ -212,6 +233,12 @@ enum Ended {
     /// The hub closed the session, and all that it had to send has left.
     Closed,
 }
+
+/// Why a session was gone.
+const STOPPING: &str = "the daemon stops";
+const BROKE: &str = "the connection broke";
+const READ_TIMEOUT: &str = "the rest of a frame did not come within the read timeout";
+const WRITE_TIMEOUT: &str = "the other side took too little within the write timeout";
 
 struct Reader {
     id: SessionId,
@@ -239,7 +266,7 @@ impl Reader {
                 Ok(Some(frame)) => {
                     deadline = None;
                     if !self.hand_over(frame).await {
-                        return Ended::Gone;
+                        return Ended::Gone(STOPPING);
                     }
                     continue;
                 }
@@ -265,14 +292,14 @@ impl Reader {
                     Ok(read) => read,
                     Err(_) => {
                         self.context.metrics.rejected(Reason::Timeout).inc();
-                        return Ended::Gone;
+                        return Ended::Gone(READ_TIMEOUT);
                     }
                 },
             };
             let bytes = match bytes {
                 Ok(0) => return Ended::Left,
                 Ok(bytes) => bytes,
-                Err(_) => return Ended::Gone,
+                Err(_) => return Ended::Gone(BROKE),
             };
             room = match room {
                 _ if bytes < space => REST_BYTES,
@@ -283,7 +310,10 @@ impl Reader {
     }
 
     async fn refuse(&self, status: Status) -> Ended {
-        let _stopping = self.context.hub.send(Input::Broken(self.id, status)).await;
+        tracing::debug!(code = status.code(), "broken frame");
+        if let Ok(place) = self.context.hub.reserve().await {
+            place.send(Input::Broken(self.id, status));
+        }
         Ended::BrokenFrame
     }
 
@@ -294,13 +324,17 @@ impl Reader {
             let ratio = self.context.timing.now().decompression_ratio;
             if let Err(refusal) = compress::receive(&mut frame, self.gate.is_greeted(), ratio) {
                 frame.cap = Bytes::new();
-                return self.context.hub.send(Input::Unread(self.id, frame, refusal)).await.is_ok();
+                let Ok(place) = self.context.hub.reserve().await else { return false };
+                place.send(Input::Unread(self.id, frame, refusal));
+                return true;
             }
         }
         let grant = frame.flags.has(Flags::START).then(|| self.judge(&frame));
         frame.cap = Bytes::new();
         let held = self.context.reading.hold(frame.wire_len());
-        self.context.hub.send(Input::Frame { id: self.id, frame, grant, at, held }).await.is_ok()
+        let Ok(place) = self.context.hub.reserve().await else { return false };
+        place.send(Input::Frame { id: self.id, frame, grant, at, held });
+        true
     }
 
     fn judge(&self, frame: &Frame) -> Result<Grant, Refusal> {
@@ -318,7 +352,7 @@ async fn discard<R: AsyncRead + Unpin>(mut read: R) -> Ended {
         match read.read_buf(&mut buf).await {
             Ok(0) => return Ended::Left,
             Ok(bytes) => left = left.saturating_sub(bytes),
-            Err(_) => return Ended::Gone,
+            Err(_) => return Ended::Gone(BROKE),
         }
     }
     std::future::pending().await
@@ -337,7 +371,9 @@ async fn send_batches<W: AsyncWrite + Unpin>(
         let mut bytes = BytesMut::new(); // one for all of the batch; at rest there is none
         let mut frames = batch.into_iter();
         while !frames.as_slice().is_empty() {
-            let Ok(payload) = encode(&mut frames, &mut bytes) else { return Ended::Gone };
+            let Ok(payload) = encode(&mut frames, &mut bytes) else {
+                return Ended::Gone("a frame of its own does not fit the format");
+            };
             let mut rest = Buf::chain(bytes.as_ref(), payload);
             let sent = async {
                 write.write_all_buf(&mut rest).await?;
@@ -345,10 +381,10 @@ async fn send_batches<W: AsyncWrite + Unpin>(
             };
             match timeout(context.timing.now().write, sent).await {
                 Ok(Ok(())) => {}
-                Ok(Err(_)) => return Ended::Gone,
+                Ok(Err(_)) => return Ended::Gone(BROKE),
                 Err(_) => {
                     context.metrics.rejected(Reason::Timeout).inc();
-                    return Ended::Gone;
+                    return Ended::Gone(WRITE_TIMEOUT);
                 }
             }
         }
@@ -358,7 +394,7 @@ async fn send_batches<W: AsyncWrite + Unpin>(
     }
     match timeout(context.timing.now().write, write.shutdown()).await {
         Ok(Ok(())) => Ended::Closed,
-        Ok(Err(_)) | Err(_) => Ended::Gone,
+        Ok(Err(_)) | Err(_) => Ended::Gone(BROKE),
     }
 }
 

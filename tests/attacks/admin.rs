@@ -18,11 +18,13 @@ use overlay_tests::{http, wait};
 use crate::probe::{self, Probe};
 use crate::target::{Target, scale};
 
-on_both_profiles!(a3_as_many_series_as_before_whoever_came);
+on_both_profiles!(by crate::probe::run: a3_as_many_series_as_before_whoever_came);
 
 probe::rows!(a1_a_thousand_partial_heads_keep_no_probe_out);
 
 const LIMIT: Duration = Duration::from_secs(60);
+/// Requests that a session may have under way in A3.
+const INFLIGHT: u32 = 4;
 
 /// Whether the daemon has closed a connection, whatever it said before.
 fn is_closed(stream: &mut TcpStream) -> Result<bool> {
@@ -96,11 +98,13 @@ fn every_refusal(target: &Target) -> Result<()> {
     ensure!(wire.start(13, &publish, token.clone())? == 200);
     wire.send(&request(13, Flags::default(), Publish::Begin { size: 2 << 20, hash: [0; 32] }.encode()))?;
     ensure!(wire.receive()?.context("it closed")?.code == 413, "2 MiB");
-    // An upload that is begun is in flight, and that is all that a session may have here.
-    ensure!(wire.start(15, &publish, token)? == 200);
-    wire.send(&request(15, Flags::default(), Publish::Begin { size: 1 << 20, hash: [0; 32] }.encode()))?;
+    // An upload that is begun is in flight: these are all that a session may have here.
+    for corr_id in (15..).step_by(2).take(INFLIGHT as usize) {
+        ensure!(wire.start(corr_id, &publish, token.clone())? == 200);
+        wire.send(&request(corr_id, Flags::default(), Publish::Begin { size: 1 << 20, hash: [0; 32] }.encode()))?;
+    }
     wire.send(&request(13, Flags::default(), Publish::Message(Bytes::from_static(b"one more")).encode()))?;
-    ensure!(wire.receive()?.context("it closed")?.code == 429, "a second request in flight");
+    ensure!(wire.receive()?.context("it closed")?.code == 429, "one more request in flight");
     let after = counted()?;
     ensure!(after.iter().zip(&before).all(|(after, before)| after > before), "{reasons:?}: {before:?}, then {after:?}");
     Ok(())
@@ -113,8 +117,9 @@ fn a3_as_many_series_as_before_whoever_came(profile: Profile) -> Result<()> {
     let mut target = Target::start(profile, |config| {
         config.overlay.rps = 1_000_000;
         config.overlay.per_peer_rps = 1_000_000;
-        config.overlay.per_peer_inflight = 1;
+        config.overlay.per_peer_inflight = INFLIGHT;
     })?;
+    let probe = Probe::start(&target)?;
     let before = target.series()?;
     let opened = target.metric("session_open_total")?;
     for n in 0..peers {
@@ -134,5 +139,6 @@ fn a3_as_many_series_as_before_whoever_came(profile: Profile) -> Result<()> {
     let after = target.series()?;
     println!("a3: {after} series after {peers} peers, methods and paths; a scrape takes {:.1?}", began.elapsed());
     ensure!(after == before, "{after} series, {before} before");
+    probe.finish("a3")?;
     target.assert_alive()
 }

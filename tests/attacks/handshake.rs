@@ -28,7 +28,12 @@ use crate::target::{Target, scale};
 // The others end before there is anything that a profile decides.
 on_both_profiles!(by crate::probe::run: t1_silence_and_dripped_hellos_end_at_one_deadline, t4_less_than_hybrid_tls13_and_alpn_is_refused);
 
-probe::rows!(t7_handshakes_in_mass_are_taken_a_few_at_a_time);
+probe::rows!(
+    t2_a_hello_and_then_goodbye_leaves_it_idle,
+    t5_expensive_certificates_are_refused_cheaply,
+    t7_handshakes_in_mass_are_taken_a_few_at_a_time,
+    t10_early_data_opens_nothing,
+);
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// Who shakes hands honestly.
@@ -121,10 +126,10 @@ fn t1_silence_and_dripped_hellos_end_at_one_deadline(profile: Profile) -> Result
 /// T2: a hello and then close_notify (an acceptor that asked such a connection for more spun
 /// for ever, and one that does not look at what came with the hello keeps it for its deadline):
 /// closed at once, and afterwards the daemon is as idle as it was before.
-#[test]
 fn t2_a_hello_and_then_goodbye_leaves_it_idle() -> Result<()> {
     const WINDOW: Duration = Duration::from_secs(1);
     let mut target = Target::start(Profile::Macronode, |_| {})?;
+    let probe = Probe::start(&target)?;
     let mut bytes = target.offer(HONEST)?.client_hello()?;
     bytes.extend([21, 3, 3, 0, 2, 1, 0]);
     let timeouts = target.rejected("timeout")?;
@@ -143,11 +148,12 @@ fn t2_a_hello_and_then_goodbye_leaves_it_idle() -> Result<()> {
         }
         all_closed(&mut streams)?;
     }
-    target.until_connections(0)?;
+    target.until_connections(1)?;
     let after = busy()?;
     println!("t2: {before:?} of processor time in {WINDOW:?} before, {after:?} after");
     ensure!(after <= before + WINDOW / 10, "it is not idle: {after:?} in {WINDOW:?}");
     ensure!(target.rejected("timeout")? == timeouts, "some were kept until their deadline");
+    probe.finish("t2")?;
     target.assert_alive()
 }
 
@@ -156,7 +162,7 @@ fn t2_a_hello_and_then_goodbye_leaves_it_idle() -> Result<()> {
 fn t4_less_than_hybrid_tls13_and_alpn_is_refused(profile: Profile) -> Result<()> {
     use AlertDescription as Alert;
     let mut target = Target::start(profile, |_| {})?;
-    let good = target.offer(HONEST)?;
+    let (probe, good) = (Probe::start(&target)?, target.offer(HONEST)?);
     let counted = |alerts: &[Alert], offer: Offer| -> Result<()> {
         let (tls, opened) = (target.rejected("tls")?, target.metric("session_open_total")?);
         offer.refused(target.address, alerts)?;
@@ -177,6 +183,7 @@ fn t4_less_than_hybrid_tls13_and_alpn_is_refused(profile: Profile) -> Result<()>
         wait::until_true("the refusal to be counted", LIMIT, || Ok(target.rejected("tls")? == tls + 1.0))?;
     }
     good.greet(target.address)?;
+    probe.finish("t4")?;
     target.assert_alive()
 }
 
@@ -260,12 +267,11 @@ fn long_chain(length: usize) -> Result<Vec<CertificateDer<'static>>> {
 
 /// T5: keys, chains and names made to be expensive, by strangers and by one whom the real CA
 /// certified: refused and counted, at about the processor time of an honest handshake.
-#[test]
 fn t5_expensive_certificates_are_refused_cheaply() -> Result<()> {
     const EACH: usize = 20;
     let mut target = Target::start(Profile::Macronode, |_| {})?;
-    let good = target.offer(HONEST)?;
-    let honest_key = || Arc::clone(&good.certificate.as_ref().unwrap().key);
+    let (probe, good) = (Probe::start(&target)?, target.offer(HONEST)?);
+    let honest_key = Arc::clone(&good.certificate.as_ref().context("an offer with a certificate")?.key);
     let with = |chain: Vec<CertificateDer<'static>>, key: Arc<dyn SigningKey>| Offer {
         certificate: Some(Arc::new(CertifiedKey::new(chain, key))),
         ..good.clone()
@@ -283,14 +289,14 @@ fn t5_expensive_certificates_are_refused_cheaply() -> Result<()> {
     };
     let key = KeyPair::generate_for(&PKCS_ED25519)?;
     let many = |count| -> Result<Offer> {
-        Ok(with(vec![target.authority.issue(&names(count)?, &key)?.der().clone()], honest_key()))
+        Ok(with(vec![target.authority.issue(&names(count)?, &key)?.der().clone()], Arc::clone(&honest_key)))
     };
     let attacks = [
         ("an 8,192-bit RSA key of the CA's own client", rsa(8_192)?),
         ("a 16,384-bit RSA key of the CA's own client", rsa(16_384)?),
-        ("a chain of 3", with(long_chain(3)?, honest_key())),
-        ("a chain of 10", with(long_chain(10)?, honest_key())),
-        ("a chain of 100", with(long_chain(100)?, honest_key())),
+        ("a chain of 3", with(long_chain(3)?, Arc::clone(&honest_key))),
+        ("a chain of 10", with(long_chain(10)?, Arc::clone(&honest_key))),
+        ("a chain of 100", with(long_chain(100)?, Arc::clone(&honest_key))),
         ("7,000 names, certified", many(7_000)?),
         ("10,000 names, certified", many(10_000)?),
     ];
@@ -316,6 +322,7 @@ fn t5_expensive_certificates_are_refused_cheaply() -> Result<()> {
         ensure!(each <= 5.0 * honest, "{what} costs {:.1} honest handshakes", each / honest);
     }
     good.greet(target.address)?;
+    probe.finish("t5")?;
     target.assert_alive()
 }
 
@@ -362,10 +369,9 @@ fn t7_handshakes_in_mass_are_taken_a_few_at_a_time() -> Result<()> {
 
 /// T10: no early data is taken. The daemon gives no ticket that it could be sent with, and
 /// bytes that come ahead of the handshake, announced as early data or not, open nothing.
-#[test]
 fn t10_early_data_opens_nothing() -> Result<()> {
     let mut target = Target::start(Profile::Macronode, |_| {})?;
-    let offer = target.offer(HONEST)?;
+    let (probe, offer) = (Probe::start(&target)?, target.offer(HONEST)?);
     let mut config = offer.config()?;
     config.enable_early_data = true;
     let config = Arc::new(config);
@@ -377,7 +383,7 @@ fn t10_early_data_opens_nothing() -> Result<()> {
         ensure!(wire.stream.conn.tls13_tickets_received() == 0, "it gave a ticket");
         ensure!(!wire.stream.conn.is_early_data_accepted());
     }
-    target.until_connections(0)?;
+    target.until_connections(1)?;
 
     let opened = target.metric("session_open_total")?;
     let plain = offer.client_hello()?;
@@ -394,9 +400,10 @@ fn t10_early_data_opens_nothing() -> Result<()> {
         stream.write_all(&bytes)?;
         wait::until_true("it to be closed", LIMIT, || is_closed(&mut stream))?;
     }
-    target.until_connections(0)?;
+    target.until_connections(1)?;
     ensure!(target.metric("session_open_total")? == opened, "early data opened a session");
     offer.greet(target.address)?;
+    probe.finish("t10")?;
     target.assert_alive()
 }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
-use overlay_core::config::Profile;
+use overlay_core::config::{DaemonConfig, Profile};
 use overlay_core::control::Open;
 use overlay_core::frame::Flags;
 use overlay_core::record::{Publish, Record};
@@ -33,6 +33,17 @@ on_both_profiles!(
 );
 
 const LIMIT: Duration = Duration::from_secs(60);
+/// S1's topics: of large messages, and of small ones, of which there is one with every tenth.
+const BULK: &str = "bulk";
+const NEWS: &str = "news";
+const NEWS_EVERY: usize = 10;
+
+/// Caps for the full size of a row, on whichever profile.
+fn hold_thousands(config: &mut DaemonConfig) {
+    config.overlay.max_sessions = 20_000;
+    config.overlay.memory_bytes = 1 << 30;
+    config.overlay.rps = 1_000_000;
+}
 
 /// A session that subscribes to `topic`, by TLS.
 fn subscribed(daemon: &Daemon, offer: &Offer, topic: &str) -> Result<Tls> {
@@ -67,43 +78,62 @@ fn read_all(mut wire: Tls, all: &Arc<AtomicUsize>) -> JoinHandle<Result<(usize, 
 }
 
 /// S1, I-2, I-5: some subscribers stop reading, some read a byte now and then: the deadline for
-/// bytes to leave drops them, however much they read, and the healthy get everything.
+/// bytes to leave drops them, however much they read, and the healthy get everything: those of
+/// the same topic, and those of another, who in full size are many.
 fn s1_slow_readers_are_dropped_and_the_healthy_keep_all(profile: Profile) -> Result<()> {
-    let (healthy, slow, messages) = (scale(9, 900), scale(3, 100), 120);
+    let (slow, messages) = (scale(3, 100), 120);
+    let healthy = [(BULK, 9, messages), (NEWS, scale(3, 891), messages / NEWS_EVERY)];
     let mut target = Target::start(profile, |config| {
         config.overlay.write_timeout_ms = 1_000;
+        // Who hears news alone hears nothing for a while.
+        config.overlay.idle_timeout_ms = 600_000;
         config.gossip.lane_depth_frames = 4_096;
+        hold_thousands(config);
     })?;
     let (probe, offer) = (Probe::start(&target)?, target.offer(CLIENT)?);
     let timeouts = target.rejected("timeout")?;
     let mut stopped = Vec::new();
     let mut trickling = Vec::new();
     for n in 0..slow {
-        if n % 2 == 0 { &mut stopped } else { &mut trickling }.push(subscribed(&target, &offer, "bulk")?);
+        if n % 2 == 0 { &mut stopped } else { &mut trickling }.push(subscribed(&target, &offer, BULK)?);
     }
-    let came = Arc::<AtomicUsize>::default();
-    let readers = (0..healthy)
-        .map(|_| subscribed(&target, &offer, "bulk").map(|wire| read_all(wire, &came)))
-        .collect::<Result<Vec<_>>>()?;
+    let came: [Arc<AtomicUsize>; 2] = Default::default();
+    let mut readers = Vec::new();
+    for ((topic, count, expected), came) in healthy.iter().zip(&came) {
+        for _ in 0..*count {
+            readers.push((*expected, read_all(subscribed(&target, &offer, topic)?, came)));
+        }
+    }
 
     let mut publisher = Wire::local(&target.socket())?;
-    let open = Open::Publish { topic: "bulk".parse()? };
-    ensure!(publisher.start(3, &open, target.local_token()?)? == 200);
-    let mut publish = |bytes: usize| -> Result<()> {
+    for (stream, topic) in [(3, BULK), (5, NEWS)] {
+        ensure!(publisher.start(stream, &Open::Publish { topic: topic.parse()? }, target.local_token()?)? == 200);
+    }
+    let mut publish = |stream: u64, bytes: usize| -> Result<()> {
         let message = Publish::Message(Bytes::from(vec![7; bytes])).encode();
-        publisher.send(&request(3, Flags::default(), message))?;
+        publisher.send(&request(stream, Flags::default(), message))?;
         let code = publisher.receive()?.context("the publisher was dropped")?.code;
         ensure!(code == 200, "a message got {code}");
         Ok(())
     };
     for n in 1..=messages {
-        publish(60_000)?;
+        let news = n % NEWS_EVERY == 0;
+        publish(3, 60_000)?;
+        if news {
+            publish(5, 256)?;
+        }
         // As fast as the healthy take it: the probe is to feel slow readers, not a full machine.
-        wait::until_true("the healthy to have it", LIMIT, || Ok(came.load(Ordering::Relaxed) >= n * healthy))?;
+        wait::until_true("the healthy to have it", LIMIT, || {
+            let sent = [n, n / NEWS_EVERY];
+            Ok(healthy.iter().zip(sent).zip(&came).all(|((h, sent), came)| came.load(Ordering::Relaxed) >= sent * h.1))
+        })?;
         for wire in &mut trickling {
             // Of the socket, not of TLS: a byte a turn, whatever it is.
             let _ = wire.stream.sock.read(&mut [0]);
         }
+        // And where they are many so seldom that it is not what a hundredth of the probe's messages
+        // waits for: a thousand deliveries at once are work that honest clients ask for.
+        wait::throughout("the next to be due", Duration::from_millis(scale(0, 2_000) as u64), || Ok(true))?;
     }
     wait::until("the slow ones to be dropped", LIMIT, || {
         for wire in &mut trickling {
@@ -114,13 +144,16 @@ fn s1_slow_readers_are_dropped_and_the_healthy_keep_all(profile: Profile) -> Res
         Ok(if dropped == slow as f64 { Look::Holds(()) } else { Look::NotYet(format!("{dropped} were")) })
     })?;
     // The probe, the publisher, the healthy.
-    target.until_connections(2 + healthy)?;
-    publish(0)?;
-    for reader in readers {
-        let (came, missed) = reader.join().map_err(|_| anyhow!("a reader panicked"))??;
-        ensure!((came, missed) == (messages, 0), "a healthy one got {came} of {messages}, {missed} said to be missing");
+    let count = readers.len();
+    target.until_connections(2 + count)?;
+    for stream in [3, 5] {
+        publish(stream, 0)?;
     }
-    println!("s1: {slow} slow readers dropped, {healthy} healthy ones got all {messages} messages of 60,000 bytes");
+    for (expected, reader) in readers {
+        let (came, missed) = reader.join().map_err(|_| anyhow!("a reader panicked"))??;
+        ensure!((came, missed) == (expected, 0), "a healthy one got {came} of {expected}, {missed} said to be missing");
+    }
+    println!("s1: {slow} slow readers dropped, {count} healthy ones got all their messages");
     drop(stopped);
     probe.finish("s1")?;
     target.assert_alive()
@@ -133,6 +166,7 @@ fn s2_half_closed_and_silent_sessions_give_their_descriptors_back(profile: Profi
     let mut target = Target::start(profile, |config| {
         config.overlay.idle_timeout_ms = 1_000;
         config.overlay.handshake_timeout_ms = 2_000;
+        hold_thousands(config);
     })?;
     let (probe, offer) = (Probe::start(&target)?, target.offer(CLIENT)?);
     let mut held = Vec::new();
@@ -216,6 +250,9 @@ fn s3_without_descriptors_it_is_live_and_not_ready(profile: Profile) -> Result<(
 /// allocator had seen it all.
 fn s4_connect_and_close_leaves_nothing(profile: Profile) -> Result<()> {
     const ROUNDS: usize = 24;
+    // What malloc gives out at least (glibc: 32 bytes). Of each handshake one such piece kept is
+    // more than this in full size, and the allocator's own coming and going less.
+    const LEAST_ALLOCATION_KIB: f64 = 32.0 / 1_024.0;
     let (bare, handshakes) = (scale(1_000, 75_000), scale(100, 4_200));
     let mut target = Target::start(profile, |_| {})?;
     let probe = Probe::start(&target)?;
@@ -249,10 +286,9 @@ fn s4_connect_and_close_leaves_nothing(profile: Profile) -> Result<()> {
     ensure!(target.metric("overlay_sessions_active")? == 1.0);
     ensure!(target.series()? == series, "{} series, not {series}", target.series()?);
     println!("s4: {} connections; KiB resident after each round {resident:?}", ROUNDS * (bare + 2 * handshakes));
-    ensure!(
-        resident[ROUNDS - 1] as f64 <= resident[ROUNDS / 2] as f64 * later(),
-        "later rounds leave more: {resident:?}"
-    );
+    let (half, end) = (resident[ROUNDS / 2] as f64, resident[ROUNDS - 1] as f64);
+    let kept = (ROUNDS / 2 * handshakes) as f64 * LEAST_ALLOCATION_KIB;
+    ensure!(end - half <= kept.max(half * (later() - 1.0)), "later rounds leave more: {resident:?}");
     probe.finish("s4")?;
     target.assert_alive()
 }

@@ -60,9 +60,9 @@ pub(crate) fn scale(short: usize, full: usize) -> usize {
     if std::env::var_os("OVERLAY_SOAK").is_some() { full } else { short }
 }
 
-/// How much more memory a later round may leave than one half way, as a multiple. What is looked
-/// for is kept for each connection, and ten thousand of them show it within 5%; in the short form
-/// the allocator's own coming and going is that much, and one session kept of each ten is 10%.
+/// How much more memory a later round may leave than one half way, as a multiple: ten thousand
+/// connections show within 5% what is kept for each. In the short form the allocator's own coming
+/// and going is that much.
 pub(crate) fn later() -> f64 {
     if std::env::var_os("OVERLAY_SOAK").is_some() { 1.05 } else { 1.10 }
 }

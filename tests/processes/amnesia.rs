@@ -12,7 +12,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use overlay_core::config::Profile;
+use overlay_core::config::{Profile, Transport};
 use overlay_core::control::Open;
 use overlay_core::frame::Flags;
 use overlay_core::record::Publish;
@@ -35,6 +35,14 @@ on_both_profiles!(
     n2_a_key_that_was_replaced_is_not_in_memory,
     n2_nothing_reaches_a_disk,
 );
+
+/// A daemon that accepts sessions over every transport.
+fn start(profile: Profile) -> Result<Daemon> {
+    Daemon::start(profile, |config| {
+        config.overlay.listen_quic = Some(config.overlay.listen);
+        config.tor.listen = Some(config.overlay.listen);
+    })
+}
 
 /// All that a client can make a daemon do: each kind of frame, each refusal, what changes while
 /// it runs. What was secret or somebody else's on the way.
@@ -77,9 +85,11 @@ fn repertoire(daemon: &Daemon) -> Result<Vec<Vec<u8>>> {
     ensure!(received.len() == large.len() + CANARY.len() + 2, "{} bytes were delivered", received.len());
 
     let remote = daemon.token(NODE)?;
-    let (mut session, _) = daemon.offer(NODE)?.greet(daemon.address)?;
-    ensure!(session.start(3, &publish, remote.clone())? == 200, "over TLS");
-    ensure!(session.start(5, &publish, token.clone())? == 401, "a local token over TLS (K5)");
+    for (_, transport) in Transport::ALL {
+        let (mut session, _) = daemon.offer(NODE)?.greet_over(transport, daemon.listens(transport)?)?;
+        ensure!(session.start(3, &publish, remote.clone())? == 200, "over {transport:?}");
+        ensure!(session.start(5, &publish, token.clone())? == 401, "a local token over TLS (K5)");
+    }
 
     let (certificate, key) = daemon.authority.leaf_pem(NODE)?;
     let old_key = fs::read(daemon.folder().join("tls.key"))?;
@@ -167,8 +177,8 @@ fn open_for_writing(daemon: &Daemon) -> Result<BTreeSet<PathBuf>> {
 /// that it might use has anything new, and no file that changed meanwhile where everybody may
 /// write tells a secret. G-5: the same on both profiles, though only amnesia has the kernel see to it.
 fn n2_nothing_reaches_a_disk(profile: Profile) -> Result<()> {
-    let (start, watch) = (SystemTime::now(), Watch::start()?);
-    let mut daemon = Daemon::start(profile, |_| {})?;
+    let (began, watch) = (SystemTime::now(), Watch::start()?);
+    let mut daemon = start(profile)?;
     let mut before = files(daemon.folder())?;
     let secrets = repertoire(&daemon)?;
     before.insert(daemon.folder().join("client")); // the test's own
@@ -184,7 +194,7 @@ fn n2_nothing_reaches_a_disk(profile: Profile) -> Result<()> {
     before.remove(&daemon.socket());
     assert_eq!(files(daemon.folder())?, before);
     assert_eq!(files(daemon.home())?, BTreeSet::new());
-    for path in changed_since(start, daemon.folder()) {
+    for path in changed_since(began, daemon.folder()) {
         let Ok(text) = fs::read(&path) else { continue };
         ensure!(!secrets.iter().any(|secret| contains(&text, secret)), "{} tells a secret", path.display());
     }
@@ -194,7 +204,7 @@ fn n2_nothing_reaches_a_disk(profile: Profile) -> Result<()> {
 /// N2: tokens, keys and payloads stand in no log line, at any level, nor in anything that the
 /// daemon shows; G-5: the same on both profiles.
 fn n2_no_secret_is_told(profile: Profile) -> Result<()> {
-    let mut daemon = Daemon::start(profile, |_| {})?;
+    let mut daemon = start(profile)?;
     let secrets = repertoire(&daemon)?;
     let status = Command::new(programs::built("overlay-daemon")?)
         .args(["status", "--output", "json", "--socket"])
@@ -274,10 +284,10 @@ fn seed(pem: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// N2, I-8: canaries in a dump of the daemon's memory, after all that it can do. Of a private key
-/// that was replaced nothing is left, nor of the text that either was read from, nor of the token
+/// that was replaced nothing is left, though sessions go on that it began, nor of the text that either was read from, nor of the token
 /// for peers that was. The key in use is found, as the signer holds it.
 fn n2_a_key_that_was_replaced_is_not_in_memory(profile: Profile) -> Result<()> {
-    let daemon = Daemon::start(profile, |_| {})?;
+    let daemon = start(profile)?;
     let old = fs::read(daemon.folder().join("tls.key"))?;
     // One of its own: the repertoire shows tokens that say the same.
     let mut claims = Authority::claims(NODE)?;
@@ -289,6 +299,11 @@ fn n2_a_key_that_was_replaced_is_not_in_memory(profile: Profile) -> Result<()> {
         replace(&file, peer)?;
         wait::until_true("the token to be taken up", LIMIT, || Ok(key_reloads(&daemon)? > taken))?;
     }
+    let there_before = Transport::ALL.map(|(_, transport)| {
+        let (offer, address) = (daemon.offer(NODE)?, daemon.listens(transport)?);
+        offer.greet_over(transport, address).map(|(session, _)| session)
+    });
+    let mut there_before = there_before.into_iter().collect::<Result<Vec<_>>>()?;
     repertoire(&daemon)?;
     let new = fs::read(daemon.folder().join("tls.key"))?;
     let line = |pem: &[u8]| pem.split(|byte| *byte == b'\n').nth(1).map(<[u8]>::to_vec).context("a line of the key");
@@ -301,6 +316,10 @@ fn n2_a_key_that_was_replaced_is_not_in_memory(profile: Profile) -> Result<()> {
         ("the old token for peers", token),
     ] {
         ensure!(!there(&canary)?, "{what} is in memory");
+    }
+    let publish = Open::Publish { topic: TOPIC.parse()? };
+    for session in &mut there_before {
+        ensure!(session.start(3, &publish, daemon.token(NODE)?)? == 200, "sessions that were there go on");
     }
     Ok(())
 }

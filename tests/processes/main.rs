@@ -10,4 +10,5 @@ mod protocol;
 mod reload;
 mod sessions;
 mod shutdown;
+mod status;
 mod tokens;

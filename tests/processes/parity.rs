@@ -7,9 +7,10 @@ use std::io::Write;
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
-use overlay_core::config::{Profile, Transport};
+use overlay_core::config::{DaemonConfig, Profile, Transport};
 use overlay_core::control::{HelloReply, Open};
 use overlay_core::frame::Flags;
+use overlay_core::grant::Claims;
 use overlay_core::record::{Publish, Record};
 use overlay_core::status::ErrorBody;
 use overlay_tests::daemon::Daemon;
@@ -75,6 +76,9 @@ table!(
     a_byte_over_a_mebibyte_is_413: tcp Tcp, quic Quic, tor Tor;
     a_broken_frame_is_told_and_ends_the_session: tcp Tcp, quic Quic, tor Tor;
     silence_ends_a_session: tcp Tcp, quic Quic, tor Tor;
+    s1_a_reader_that_takes_nothing_is_dropped: tcp Tcp, quic Quic, tor Tor;
+    k1_a_token_that_dies_ends_its_stream_alone: tcp Tcp, quic Quic, tor Tor;
+    t6_keys_change_and_sessions_stay: tcp Tcp, quic Quic, tor Tor;
     what_was_accepted_is_delivered_when_it_stops: tcp Tcp, quic Quic, tor Tor;
     peers_carry_messages_and_files: tcp Tcp, quic Quic;
     a_killed_peer_comes_back: tcp Tcp, quic Quic;
@@ -88,15 +92,16 @@ struct Target {
 
 impl Target {
     fn start(case: Case) -> Result<Self> {
-        Self::start_with(case, 15_000)
+        Self::start_with(case, 15_000, |_| {})
     }
 
-    fn start_with(case: Case, idle_timeout_ms: u64) -> Result<Self> {
+    fn start_with(case: Case, idle_timeout_ms: u64, change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
         let daemon = Daemon::start(case.profile, |config| {
             config.overlay.idle_timeout_ms = idle_timeout_ms;
             config.tor.idle_timeout_ms = idle_timeout_ms;
             config.tor.listen = (case.transport == Transport::Tor).then_some(config.overlay.listen);
             config.overlay.listen_quic = (case.transport == Transport::Quic).then_some(config.overlay.listen);
+            change(config);
         })?;
         Ok(Self { case, daemon })
     }
@@ -279,13 +284,79 @@ fn a_broken_frame_is_told_and_ends_the_session(case: Case) -> Result<()> {
 
 /// I-2: who says nothing is closed, and another gets in.
 fn silence_ends_a_session(case: Case) -> Result<()> {
-    let target = Target::start_with(case, 600)?;
+    let target = Target::start_with(case, 600, |_| {})?;
     let mut silent = target.client()?;
     let ended = silent.receive().map(|frame| frame.is_none());
     // QUIC may time out at this side too.
     ensure!(ended.as_ref().is_ok_and(|ended| *ended) || case.transport == Transport::Quic, "{ended:?}");
     wait::until_true("the session to be gone", LIMIT, || Ok(target.daemon.metrics()?.contains(&case.active(0))))?;
     target.client().map(drop)
+}
+
+/// S1, I-2, I-5: who takes nothing of what is sent to it is dropped, and counted, and another
+/// subscriber gets all of it.
+fn s1_a_reader_that_takes_nothing_is_dropped(case: Case) -> Result<()> {
+    let target = Target::start_with(case, 15_000, |config| {
+        config.overlay.write_timeout_ms = 1_000;
+        config.tor.write_timeout_ms = 1_000;
+    })?;
+    let (mut stopped, mut healthy) = (target.client()?, subscribed(&target)?);
+    let subscribe = Open::Subscribe { topics: vec!["news".parse()?] };
+    ensure!(stopped.start(3, &subscribe, target.daemon.token(CLIENT)?)? == 200);
+    let dropped = target.daemon.rejected("timeout")?;
+    let payload = Bytes::from(vec![7; 60_000]);
+    wait::until_true("the one that reads nothing to be dropped", LIMIT, || {
+        for _ in 0..10 {
+            healthy.send(&request(5, Flags::default(), Publish::Message(payload.clone()).encode()))?;
+            ensure!(next_message(&mut healthy, &mut 0)?.as_ref() == Some(&payload), "the healthy one missed a message");
+        }
+        Ok(target.daemon.rejected("timeout")? > dropped)
+    })?;
+    wait::until_true("its session to be gone", LIMIT, || Ok(target.daemon.metrics()?.contains(&case.active(1))))
+}
+
+/// K1, P-4: a token's end ends what it opened, within the session, and nothing else of it.
+fn k1_a_token_that_dies_ends_its_stream_alone(case: Case) -> Result<()> {
+    let target = Target::start(case)?;
+    let mut wire = subscribed(&target)?;
+    let claims = Authority::claims(CLIENT)?;
+    let dying = target.daemon.authority.token(&Claims { exp: claims.nbf + 2, ..claims })?;
+    ensure!(wire.start(7, &Open::Publish { topic: "news".parse()? }, dying)? == 200);
+    let end = wire.receive()?.context("it closed")?;
+    ensure!((end.corr_id, end.code, end.flags.has(Flags::END)) == (7, 401, true), "{end:?}");
+    wire.send(&request(5, Flags::default(), Publish::Message("hello".into()).encode()))?;
+    ensure!(next_message(&mut wire, &mut 0)?.is_some_and(|message| message == "hello"));
+    Ok(())
+}
+
+/// T6: a certificate that is replaced is shown to those who come, a broken one to nobody; who is
+/// there stays.
+fn t6_keys_change_and_sessions_stay(case: Case) -> Result<()> {
+    let target = Target::start(case)?;
+    let mut wire = subscribed(&target)?;
+    let folder = target.daemon.folder();
+    let replace = |file: &str, text: &[u8]| -> Result<()> {
+        let new = folder.join(file).with_extension("new");
+        fs::write(&new, text)?;
+        Ok(fs::rename(new, folder.join(file))?)
+    };
+    let reloads = |result: &str| -> Result<f64> {
+        let (metrics, start) = (target.daemon.metrics()?, format!("overlay_key_reloads_total{{result=\"{result}\""));
+        let line = metrics.lines().find(|line| line.starts_with(&start));
+        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).with_context(|| format!("no {start}"))
+    };
+    let (taken, failed) = (reloads("ok")?, reloads("failed")?);
+    let (certificate, key) = target.daemon.authority.leaf_pem(NODE)?;
+    replace("tls.crt", b"no certificate")?;
+    wait::until_true("the broken file to be counted", LIMIT, || Ok(reloads("failed")? > failed))?;
+    target.client()?;
+    replace("tls.key", key.as_bytes())?;
+    replace("tls.crt", certificate.as_bytes())?;
+    wait::until_true("the new keys to be taken up", LIMIT, || Ok(reloads("ok")? > taken))?;
+    target.client()?;
+    wire.send(&request(5, Flags::default(), Publish::Message("hello".into()).encode()))?;
+    ensure!(next_message(&mut wire, &mut 0)?.is_some_and(|message| message == "hello"));
+    Ok(())
 }
 
 /// S5: SIGTERM behind a burst. Whatever was answered with 200 is delivered, and the daemon ends

@@ -45,11 +45,13 @@ impl FrameError {
 /// # Errors
 /// The header cannot start a frame. `buf` is left as it is.
 pub fn decode(buf: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
-    let Some(need) = frame_len(buf)? else { return Ok(None) };
+    // A whole header is of a size that the compiler knows: no look into it is checked again.
+    let Some(header) = buf.first_chunk::<HEADER_LEN>() else { return frame_len(buf).map(|_| None) };
+    let Some(need) = frame_len(header)? else { return Ok(None) };
     if buf.len() < need {
         return Ok(None);
     }
-    let mut header = &buf[6..HEADER_LEN]; // behind len and ver, checked
+    let mut header = &header[6..]; // behind len and ver, checked
     let flags = Flags::from_bits(header.get_u16());
     let code = header.get_u16();
     let app = AppProto(header.get_u16());
@@ -67,6 +69,7 @@ pub fn decode(buf: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
 ///
 /// # Errors
 /// The header cannot start a frame.
+#[inline]
 pub fn frame_len(buf: &[u8]) -> Result<Option<usize>, FrameError> {
     // Each rule is applied as soon as its bytes are there, so that the answer is the same
     // however the bytes were cut and a bad length never waits for its header.
@@ -93,10 +96,12 @@ pub fn frame_len(buf: &[u8]) -> Result<Option<usize>, FrameError> {
     Ok((buf.len() >= HEADER_LEN).then_some(whole))
 }
 
+#[inline]
 fn be16(buf: &[u8], at: usize) -> Option<u16> {
     buf.get(at..at + 2)?.try_into().ok().map(u16::from_be_bytes)
 }
 
+#[inline]
 fn be32(buf: &[u8], at: usize) -> Option<u32> {
     buf.get(at..at + 4)?.try_into().ok().map(u32::from_be_bytes)
 }

@@ -185,6 +185,22 @@ mod tests {
         assert!(hello(8_000).len() <= MAX_CONTROL && parse::<Hello>(hello(8_000).as_bytes()).is_none());
     }
 
+    /// F8: as many topics as may be, as long as they may be together: what they are decoded to is at
+    /// most twice what they are on the wire.
+    #[test]
+    fn f8_the_longest_topics_take_at_most_twice_the_wire() {
+        const COUNTS: usize = 2 * size_of::<usize>(); // of an Arc's owners, in front of its text
+        let long = MAX_CONTROL / MAX_TOPICS - 4;
+        let listed: Vec<String> = (0..MAX_TOPICS).map(|n| format!("\"{n:0>long$}\"")).collect();
+        let wire = format!("{{\"op\":\"subscribe\",\"topics\":[{}]}}", listed.join(","));
+        let Some(Open::Subscribe { topics }) = parse(wire.as_bytes()) else { panic!("{} bytes", wire.len()) };
+        assert_eq!(topics.len(), MAX_TOPICS);
+        let texts: usize = topics.iter().map(|topic| topic.as_str().len() + COUNTS).sum();
+        assert!(topics.capacity() * size_of_val(&topics[0]) + texts <= 2 * wire.len());
+        // And there is no room for longer ones.
+        assert!(wire.len() + MAX_TOPICS > MAX_CONTROL);
+    }
+
     /// F8: past 16 KiB nothing is parsed, nor is what nests deeper than any payload does.
     #[test]
     fn f8_json_is_bounded_in_length_and_depth() {

@@ -1,6 +1,7 @@
 //! What a capability token says and what it allows. Decides on audience, holder, tenant,
 //! topic, action and time; signatures are verified before, by the shell's `kms`.
 
+use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -82,6 +83,15 @@ pub enum Holder {
     Local,
     /// The identity of the session's certificate.
     Certificate(SpiffeId),
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Local => LOCAL_HOLDER,
+            Self::Certificate(id) => id.as_str(),
+        })
+    }
 }
 
 /// A token whose signature held, ready to be asked.

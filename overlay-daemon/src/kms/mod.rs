@@ -168,6 +168,7 @@ pub struct KeySet {
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
     quic: Option<QuicKeys>,
+    _showing: tls::Showing,
     authorities: tls::Authorities,
     /// Tells one bundle of authorities from another.
     bundle: blake3::Hash,
@@ -197,13 +198,14 @@ impl KeySet {
                     .map_err(|e| vec![sources.certificate.invalid(e)])?;
                 let authorities = tls.authorities().map_err(|e| vec![sources.ca.invalid(e)])?;
                 let (audience, bundle) = (tls.leaf.identity.without_pod(), blake3::hash(&ca));
-                let leaf = tls.leaf;
+                let (showing, leaf) = (tls.showing(), tls.leaf);
                 Ok(Self {
                     leaf,
                     audience,
                     server,
                     client,
                     quic,
+                    _showing: showing,
                     authorities,
                     bundle,
                     token_keys,

@@ -3,20 +3,22 @@
 //! client's certificate), no early data.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use overlay_core::config::KeyExchange;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
+use rustls::client::{ResolvesClientCert, Resumption, verify_server_cert_signed_by_trust_anchor};
 use rustls::crypto::aws_lc_rs::{self, kx_group};
 use rustls::crypto::{CryptoProvider, SupportedKxGroup, verify_tls13_signature};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::ClientCertVerifier;
-use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::server::{
+    ClientHello, NoServerSessionStorage, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier,
+};
+use rustls::sign::CertifiedKey;
 use rustls::version::TLS13;
 use rustls::{
     ClientConfig, CommonState, DigitallySignedStruct, Error, NamedGroup, RootCertStore, ServerConfig, SignatureScheme,
@@ -73,10 +75,56 @@ pub(super) fn provider(policy: KeyExchange) -> CryptoProvider {
     CryptoProvider { kx_groups, ..provider }
 }
 
+/// The leaf and its key, as configurations of TLS show it to the other side. Of QUIC's every
+/// connection keeps one for as long as it lives, and the listener its first: the key is taken out
+/// of them when its set goes.
+pub(super) struct Shown(RwLock<Option<Arc<CertifiedKey>>>);
+
+impl Shown {
+    fn new(key: CertifiedKey) -> Self {
+        Self(RwLock::new(Some(Arc::new(key))))
+    }
+
+    fn get(&self) -> Option<Arc<CertifiedKey>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl fmt::Debug for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shown").finish_non_exhaustive()
+    }
+}
+
+impl ResolvesServerCert for Shown {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.get()
+    }
+}
+
+impl ResolvesClientCert for Shown {
+    fn resolve(&self, _authorities: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        self.get()
+    }
+
+    fn has_certs(&self) -> bool {
+        self.get().is_some()
+    }
+}
+
+/// A key that is shown until this goes.
+pub(super) struct Showing(Arc<Shown>);
+
+impl Drop for Showing {
+    fn drop(&mut self) {
+        *self.0.0.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
 /// A leaf with its key, and the authorities that others must chain to.
 pub(super) struct Material {
     pub(super) leaf: Leaf,
-    key: Arc<CertifiedKey>,
+    key: Arc<Shown>,
     roots: Arc<RootCertStore>,
     provider: Arc<CryptoProvider>,
 }
@@ -109,7 +157,12 @@ impl Material {
                 error => format!("cannot be used: {error}"),
             })]
         })?;
-        Ok(Self { leaf, key: Arc::new(key), roots: Arc::new(roots), provider: Arc::new(provider) })
+        Ok(Self { leaf, key: Arc::new(Shown::new(key)), roots: Arc::new(roots), provider: Arc::new(provider) })
+    }
+
+    /// What keeps the key in them.
+    pub(super) fn showing(&self) -> Showing {
+        Showing(Arc::clone(&self.key))
     }
 
     /// Both configurations.
@@ -139,7 +192,7 @@ impl Material {
             .with_protocol_versions(&[&TLS13])
             .map_err(|error| ConfigurationError(error.to_string()))?
             .with_client_cert_verifier(verifier)
-            .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.key))));
+            .with_cert_resolver(Arc::<Shown>::clone(&self.key));
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
@@ -155,7 +208,7 @@ impl Material {
             .map_err(|error| ConfigurationError(error.to_string()))?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier))
-            .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.key))));
+            .with_client_cert_resolver(Arc::<Shown>::clone(&self.key));
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.resumption = Resumption::disabled();
         config.enable_early_data = false;

@@ -206,7 +206,7 @@ impl Entry {
 
 /// The sessions as the gossip engine reaches them.
 pub(super) struct Wire<'a> {
-    sessions: &'a mut BTreeMap<SessionId, Entry>,
+    sessions: &'a mut BTreeMap<SessionId, Box<Entry>>,
     links: &'a BTreeMap<LinkId, SessionId>,
     sendable: &'a mut VecDeque<SessionId>,
     memory: &'a mut Budget,
@@ -216,7 +216,7 @@ pub(super) struct Wire<'a> {
 
 impl<'a> Wire<'a> {
     pub(super) fn new(
-        sessions: &'a mut BTreeMap<SessionId, Entry>,
+        sessions: &'a mut BTreeMap<SessionId, Box<Entry>>,
         links: &'a BTreeMap<LinkId, SessionId>,
         sendable: &'a mut VecDeque<SessionId>,
         memory: (&'a mut Budget, u64),

@@ -121,7 +121,8 @@ pub struct Node {
     token_generation: u64,
     believed: Believed,
     leases: Leases,
-    sessions: BTreeMap<SessionId, Entry>,
+    /// In boxes: a tree's nodes are half empty where numbers rise.
+    sessions: BTreeMap<SessionId, Box<Entry>>,
     /// Of which so many are there only to be told that there is no place.
     turned_away: usize,
     links: BTreeMap<LinkId, SessionId>,
@@ -255,7 +256,7 @@ impl Node {
         entry.settle(&mut self.memory);
         entry.deadline = entry.session.poll_timeout();
         self.deadlines.extend(entry.deadline.map(|at| (at, id)));
-        self.sessions.insert(id, entry);
+        self.sessions.insert(id, Box::new(entry));
         if let Some(frame) = greeting {
             self.push(id, Class::Control, frame);
         }
@@ -475,7 +476,7 @@ impl Node {
         let (mut wire, engine) = self.wire();
         let spread = engine.poll_spread(now, &mut wire);
         let sent = |entry: &Entry| entry.lanes.is_empty() && entry.writer_idle && entry.ends.is_empty();
-        spread && self.sessions.values().all(sent)
+        spread && self.sessions.values().map(Box::as_ref).all(sent)
     }
 
     /// Whether no session is left.

@@ -131,11 +131,11 @@ impl Node {
     fn take_back(&mut self) {
         let leaving: Vec<SessionId> = self.leaving.keys().copied().collect();
         for id in leaving {
-            let remote = self.sessions.get(&id).and_then(Entry::remote);
+            let remote = self.sessions.get(&id).and_then(|entry| entry.remote());
             let Some((identity, name)) = remote.map(|r| (r.identity.clone(), r.name.clone())) else { continue };
             let Some(configured) = self.recognise(&identity, &name, None) else { continue };
             self.leaving.remove(&id);
-            if let Some(remote) = self.sessions.get_mut(&id).and_then(Entry::remote_mut) {
+            if let Some(remote) = self.sessions.get_mut(&id).and_then(|entry| entry.remote_mut()) {
                 remote.configured = configured;
             }
         }
@@ -151,7 +151,7 @@ impl Node {
     /// clients are thousands, and everybody waits meanwhile.
     pub(super) fn remotes(&self) -> impl Iterator<Item = (SessionId, &Entry, &Remote)> {
         self.links.values().filter_map(|id| {
-            let entry = self.sessions.get(id)?;
+            let entry = self.sessions.get(id)?.as_ref();
             Some((*id, entry, entry.remote()?))
         })
     }

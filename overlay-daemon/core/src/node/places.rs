@@ -62,7 +62,7 @@ impl Node {
     fn expects(&self, identity: &SpiffeId) -> bool {
         let own = self.places.iter().filter(|(_, peer)| peer.identity.covers(identity)).count();
         let same = |entry: &&Entry| matches!(&entry.holder, Holder::Certificate(holder) if holder == identity);
-        own > 0 && self.sessions.values().filter(same).take(2 * own).count() < 2 * own
+        own > 0 && self.sessions.values().map(Box::as_ref).filter(same).take(2 * own).count() < 2 * own
     }
 
     /// Configured peers without a session.

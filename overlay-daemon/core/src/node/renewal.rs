@@ -79,7 +79,7 @@ impl Node {
     /// START on what we send, and what waits to be sent, is the new stream's.
     pub(super) fn renew_gossip(&mut self, id: SessionId) {
         // In Backoff nothing is asked for: the end of the delay does.
-        let is_active = |entry: &&mut Entry| !entry.closing && entry.session.state() == State::Active;
+        let is_active = |entry: &&mut Box<Entry>| !entry.closing && entry.session.state() == State::Active;
         let Some(entry) = self.sessions.get_mut(&id).filter(is_active) else { return };
         let Some(remote) = entry.remote_mut().filter(|remote| remote.renew_at.is_none()) else { return };
         let accepted: Vec<(TenantId, u64)> = remote.streams.iter().map(|(tenant, old)| (*tenant, *old)).collect();

@@ -62,16 +62,12 @@ fn session(id: u64, entry: &Entry, now: Millis, node: &Node) -> serde_json::Valu
         (Party::Client, Holder::Local) => ("local", None),
         (Party::Client, Holder::Certificate(_)) => ("client", None),
     };
-    let identity = match &entry.holder {
-        Holder::Local => crate::grant::LOCAL_HOLDER,
-        Holder::Certificate(id) => id.as_str(),
-    };
     let (age_ms, idle_ms) = entry.session.ages(now);
     json!({
         "id": id,
         "kind": kind,
         "peer": name,
-        "identity": identity,
+        "identity": entry.holder.to_string(),
         "state": entry.session.state().label(),
         "direction": if entry.session.role() == Role::Dialler { "out" } else { "in" },
         "transport": entry.transport.map_or("unix", Transport::label),

@@ -47,7 +47,7 @@ fn gossip_in(sim: &Sim, node: usize) -> (SessionId, u64) {
     let streams = |(id, entry): (&SessionId, &Entry)| {
         entry.session.streams().find(|(_, s)| matches!(s.kind, Kind::GossipIn)).map(|(corr_id, _)| (*id, corr_id))
     };
-    sim.nodes[node].sessions.iter().find_map(streams).unwrap()
+    sim.nodes[node].sessions.iter().map(|(id, entry)| (id, entry.as_ref())).find_map(streams).unwrap()
 }
 
 fn gossips(sim: &mut Sim, node: usize, record: &Record) {

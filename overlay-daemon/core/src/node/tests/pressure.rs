@@ -120,7 +120,7 @@ fn counted(node: &Node) -> u64 {
         let queued = entry.buffers + entry.lanes.cost() + entry.writing;
         crate::memory::SESSION_BYTES + queued + uploads(entry) + streams(entry)
     };
-    node.sessions.values().map(own).sum()
+    node.sessions.values().map(Box::as_ref).map(own).sum()
 }
 
 proptest! {

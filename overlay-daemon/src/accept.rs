@@ -153,7 +153,8 @@ async fn serve_quic(accepted: QuicAccepted, keys: Arc<Keys>, context: Context) {
     let address = accepted.address();
     let (shaken, address, bundle) = {
         let current = keys.current();
-        (accepted.handshake(&current).await, address, current.bundle())
+        // In a box: the session would else keep room for its handshake.
+        (Box::pin(accepted.handshake(&current)).await, address, current.bundle())
     };
     hold(shaken, address, bundle, &context).await;
 }

@@ -16,7 +16,7 @@ use overlay_core::node::{Clock as CoreClock, Node, Opening, Output, SessionId};
 use overlay_core::readiness::Report;
 use overlay_core::status::{Refusal, Status};
 use prometheus::IntGauge;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -37,9 +37,13 @@ const HEARTBEAT_MS: u64 = 200;
 /// What a session's writer is given: frames to send in order.
 pub type Batch = Vec<Frame>;
 
+/// Where a writer that is free waits for its next batch. One for each batch: a channel that stays
+/// would keep more for a session at rest than all else that the daemon has of it.
+pub type Place = oneshot::Sender<Batch>;
+
 /// What happened.
 pub enum Input {
-    /// A transport is up. Dropping the writer's sender is how the hub closes it.
+    /// A transport is up. Dropping its writer's place is how the hub closes it.
     Open {
         /// Its number, of no session before it.
         id: SessionId,
@@ -47,8 +51,8 @@ pub enum Input {
         opening: Opening,
         /// The key exchange; none on the Unix socket.
         group: Option<KeyExchangeGroup>,
-        /// Takes one batch at a time.
-        writer: mpsc::Sender<Batch>,
+        /// Where its writer waits.
+        writer: Place,
         /// What the reader is told by.
         gate: Arc<Gate>,
     },
@@ -115,7 +119,8 @@ pub struct Heartbeat {
 pub type Judged = (Report, bool);
 
 struct Live {
-    writer: mpsc::Sender<Batch>,
+    /// None while the writer has a batch to send.
+    writer: Option<Place>,
     gate: Arc<Gate>,
     group: Option<KeyExchangeGroup>,
     counted: Option<ActiveSession>,
@@ -135,9 +140,9 @@ pub struct Hub {
     pub peers: Peers,
     /// What happens.
     pub inputs: mpsc::Receiver<Input>,
-    /// Whose writer sent its batch. A way of its own: behind a flood of frames that fill the
-    /// writer's queue it would come too late.
-    pub sent: mpsc::Receiver<SessionId>,
+    /// Whose writer sent its batch, and where it waits for another. A way of its own: behind a flood
+    /// of frames that fill the readers' it would come too late.
+    pub sent: mpsc::Receiver<(SessionId, Place)>,
     /// What readiness was judged to be. A way of its own too: who fills the queue must not keep
     /// from the hub that it is to shed.
     pub judged: watch::Receiver<Judged>,
@@ -156,8 +161,8 @@ impl Hub {
             let wake = turn.node.poll_timeout().map_or(beat, |at| at.min(beat));
             let input = tokio::select! {
                 () = stop.cancelled() => return,
-                Some(id) = sent.recv() => {
-                    turn.sent(id);
+                Some((id, writer)) = sent.recv() => {
+                    turn.sent(id, writer);
                     None
                 }
                 input = inputs.recv() => match input {
@@ -178,8 +183,8 @@ impl Hub {
                     turn.handle(input);
                 }
             }
-            while let Ok(id) = sent.try_recv() {
-                turn.sent(id);
+            while let Ok((id, writer)) = sent.try_recv() {
+                turn.sent(id, writer);
             }
             turn.finish();
         }
@@ -206,7 +211,7 @@ impl Turn {
         match input {
             Input::Open { id, opening, group, writer, gate } => {
                 // Known before the node decides: HELLO may go out at once.
-                self.live.insert(id, Live { writer, gate, group, counted: None });
+                self.live.insert(id, Live { writer: Some(writer), gate, group, counted: None });
                 if !self.node.handle_open(id, opening, self.clock.now()) {
                     self.live.remove(&id);
                 }
@@ -255,7 +260,10 @@ impl Turn {
         }
     }
 
-    fn sent(&mut self, id: SessionId) {
+    fn sent(&mut self, id: SessionId, writer: Place) {
+        // One that is closed by now is told so by the place that goes.
+        let Some(live) = self.live.get_mut(&id) else { return };
+        live.writer = Some(writer);
         self.node.handle_sent(id, self.clock.now());
     }
 
@@ -290,10 +298,10 @@ impl Turn {
         // Before what goes out: it may queue what no peer has yet.
         let drained = self.node.is_draining() && self.node.poll_drained(time.now);
         while let Some((id, batch)) = self.node.poll_transmit(time.now) {
-            // The writer said that it is free, so its one place is. A writer that is gone
-            // is told of by its session's end.
-            if let Some(live) = self.live.get(&id) {
-                let _gone = live.writer.try_send(batch);
+            // The writer said that it is free, so there is a place. A writer that is gone is told
+            // of by its session's end.
+            if let Some(writer) = self.live.get_mut(&id).and_then(|live| live.writer.take()) {
+                let _gone = writer.send(batch);
             }
         }
         self.carry_out_all();

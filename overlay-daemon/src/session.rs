@@ -24,14 +24,14 @@ use overlay_core::{codec, compress};
 pub use overlay_shared::{ReadBytes, Reading};
 use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tracing::Instrument;
 
 use crate::clock::Clock;
 use crate::gate::Gate;
-use crate::hub::{Batch, Input};
+use crate::hub::{Batch, Input, Place};
 use crate::kms::{KeyExchangeGroup, Verifier};
 use crate::metrics::Metrics;
 use crate::transport::{Connection, Endpoints, LocalConnection, Proxy, Timing};
@@ -57,7 +57,7 @@ pub struct Context {
     /// Where what happens goes.
     pub hub: mpsc::Sender<Input>,
     /// Where writers say that they are free.
-    pub sent: mpsc::Sender<SessionId>,
+    pub sent: mpsc::Sender<(SessionId, Place)>,
     /// Judges capabilities.
     pub verifier: Verifier,
     /// Byte deadlines.
@@ -80,7 +80,7 @@ impl Context {
     #[must_use]
     pub fn new(
         hub: mpsc::Sender<Input>,
-        sent: mpsc::Sender<SessionId>,
+        sent: mpsc::Sender<(SessionId, Place)>,
         verifier: Verifier,
         timing: Timing,
         clock: Clock,
@@ -164,7 +164,7 @@ impl Context {
             let (transport, dialled) = (opening.transport.map_or("unix", Transport::label), opening.dialled.is_some());
             tracing::debug!(identity = %holder, transport, group = opening.group, dialled, "session opened");
         });
-        let (writer, batches) = mpsc::channel(1);
+        let (writer, batch) = oneshot::channel();
         let gate = Arc::<Gate>::default();
         // A place first, here and wherever a session tells the hub something: what waits for one
         // keeps room for all that it will say, for as long as the session lives.
@@ -173,7 +173,7 @@ impl Context {
         let (read, write) = tokio::io::split(stream);
         let mut tasks = JoinSet::new();
         tasks.spawn(Reader { id, holder, gate, context: self.clone() }.run(read).instrument(span.clone()));
-        tasks.spawn(send_batches(id, write, batches, self.clone()).instrument(span.clone()));
+        tasks.spawn(send_batches(id, write, batch, self.clone()).instrument(span.clone()));
         let why = tokio::select! {
             why = self.first_end(id, &mut tasks) => why,
             () = over => "nothing vouches for the other side's certificate any more",
@@ -364,10 +364,10 @@ async fn discard<R: AsyncRead + Unpin>(mut read: R) -> Ended {
 async fn send_batches<W: AsyncWrite + Unpin>(
     id: SessionId,
     mut write: W,
-    mut batches: mpsc::Receiver<Batch>,
+    mut next: oneshot::Receiver<Batch>,
     context: Context,
 ) -> Ended {
-    while let Some(batch) = batches.recv().await {
+    while let Ok(batch) = next.await {
         let mut bytes = BytesMut::new(); // one for all of the batch; at rest there is none
         let mut frames = batch.into_iter();
         while !frames.as_slice().is_empty() {
@@ -388,7 +388,9 @@ async fn send_batches<W: AsyncWrite + Unpin>(
                 }
             }
         }
-        if context.sent.send(id).await.is_err() {
+        let (place, batch) = oneshot::channel();
+        next = batch;
+        if context.sent.send((id, place)).await.is_err() {
             break;
         }
     }

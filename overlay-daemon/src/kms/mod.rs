@@ -193,12 +193,12 @@ impl KeySet {
         let token = parse_token(&peer_token).map_err(|message| vec![sources.peer_token.invalid(message)]);
         match (tls, keys, token) {
             (Ok(tls), Ok(token_keys), Ok(peer_token)) => {
-                let (server, client) = tls.configs().map_err(|e| vec![sources.certificate.invalid(e)])?;
+                let (server, client, showing) = tls.configs().map_err(|e| vec![sources.certificate.invalid(e)])?;
                 let quic = QuicKeys::new(sources.key_exchange, &server, &client)
                     .map_err(|e| vec![sources.certificate.invalid(e)])?;
                 let authorities = tls.authorities().map_err(|e| vec![sources.ca.invalid(e)])?;
                 let (audience, bundle) = (tls.leaf.identity.without_pod(), blake3::hash(&ca));
-                let (showing, leaf) = (tls.showing(), tls.leaf);
+                let leaf = tls.leaf;
                 Ok(Self {
                     leaf,
                     audience,

@@ -3,7 +3,7 @@
 //! client's certificate), no early data.
 
 use std::fmt;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use overlay_core::config::KeyExchange;
@@ -18,11 +18,12 @@ use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{
     ClientHello, NoServerSessionStorage, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier,
 };
-use rustls::sign::CertifiedKey;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{
     ClientConfig, CommonState, DigitallySignedStruct, Error, NamedGroup, RootCertStore, ServerConfig, SignatureScheme,
 };
+use tokio::sync::watch;
 use zeroize::Zeroize;
 
 use super::chain::ShortChains;
@@ -78,15 +79,11 @@ pub(super) fn provider(policy: KeyExchange) -> CryptoProvider {
 /// The leaf and its key, as configurations of TLS show it to the other side. Of QUIC's every
 /// connection keeps one for as long as it lives, and the listener its first: the key is taken out
 /// of them when its set goes.
-pub(super) struct Shown(RwLock<Option<Arc<CertifiedKey>>>);
+pub(super) struct Shown(watch::Receiver<Option<Arc<CertifiedKey>>>);
 
 impl Shown {
-    fn new(key: CertifiedKey) -> Self {
-        Self(RwLock::new(Some(Arc::new(key))))
-    }
-
     fn get(&self) -> Option<Arc<CertifiedKey>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.borrow().clone()
     }
 }
 
@@ -113,18 +110,18 @@ impl ResolvesClientCert for Shown {
 }
 
 /// A key that is shown until this goes.
-pub(super) struct Showing(Arc<Shown>);
+pub(super) struct Showing(watch::Sender<Option<Arc<CertifiedKey>>>);
 
 impl Drop for Showing {
     fn drop(&mut self) {
-        *self.0.0.write().unwrap_or_else(PoisonError::into_inner) = None;
+        self.0.send_replace(None);
     }
 }
 
 /// A leaf with its key, and the authorities that others must chain to.
 pub(super) struct Material {
     pub(super) leaf: Leaf,
-    key: Arc<Shown>,
+    key: Arc<CertifiedKey>,
     roots: Arc<RootCertStore>,
     provider: Arc<CryptoProvider>,
 }
@@ -157,17 +154,15 @@ impl Material {
                 error => format!("cannot be used: {error}"),
             })]
         })?;
-        Ok(Self { leaf, key: Arc::new(Shown::new(key)), roots: Arc::new(roots), provider: Arc::new(provider) })
+        Ok(Self { leaf, key: Arc::new(key), roots: Arc::new(roots), provider: Arc::new(provider) })
     }
 
-    /// What keeps the key in them.
-    pub(super) fn showing(&self) -> Showing {
-        Showing(Arc::clone(&self.key))
-    }
-
-    /// Both configurations.
-    pub(super) fn configs(&self) -> Result<(Arc<ServerConfig>, Arc<ClientConfig>), ConfigurationError> {
-        Ok((self.server()?, self.client()?))
+    /// Both configurations, and what keeps the key in them.
+    pub(super) fn configs(&self) -> Result<(Arc<ServerConfig>, Arc<ClientConfig>, Showing), ConfigurationError> {
+        let (showing, shown) = watch::channel(Some(Arc::clone(&self.key)));
+        let shown = Arc::new(Shown(shown));
+        let server = self.server(Arc::<Shown>::clone(&shown))?;
+        Ok((server, self.dialling(shown)?, Showing(showing)))
     }
 
     /// Whom the bundle vouches for.
@@ -186,13 +181,13 @@ impl Material {
         ChainVerifier { roots: Arc::clone(&self.roots), provider: Arc::clone(&self.provider) }
     }
 
-    fn server(&self) -> Result<Arc<ServerConfig>, ConfigurationError> {
+    fn server(&self, shown: Arc<dyn ResolvesServerCert>) -> Result<Arc<ServerConfig>, ConfigurationError> {
         let verifier = self.clients()?;
         let mut config = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(&[&TLS13])
             .map_err(|error| ConfigurationError(error.to_string()))?
             .with_client_cert_verifier(verifier)
-            .with_cert_resolver(Arc::<Shown>::clone(&self.key));
+            .with_cert_resolver(shown);
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
@@ -200,15 +195,19 @@ impl Material {
         Ok(Arc::new(config))
     }
 
-    /// For dialling.
+    /// For a client, whose keys are not replaced.
     pub(super) fn client(&self) -> Result<Arc<ClientConfig>, ConfigurationError> {
+        self.dialling(Arc::new(SingleCertAndKey::from(Arc::clone(&self.key))))
+    }
+
+    fn dialling(&self, shown: Arc<dyn ResolvesClientCert>) -> Result<Arc<ClientConfig>, ConfigurationError> {
         let verifier = self.servers();
         let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
             .with_protocol_versions(&[&TLS13])
             .map_err(|error| ConfigurationError(error.to_string()))?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier))
-            .with_client_cert_resolver(Arc::<Shown>::clone(&self.key));
+            .with_client_cert_resolver(shown);
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.resumption = Resumption::disabled();
         config.enable_early_data = false;

@@ -28,7 +28,7 @@ const CONFIG: TransportConfig = TransportConfig {
 struct Scene {
     context: Context,
     inputs: mpsc::Receiver<Input>,
-    sent: mpsc::Receiver<SessionId>,
+    sent: mpsc::Receiver<(SessionId, Place)>,
     sessions: JoinSet<()>,
 }
 
@@ -45,11 +45,8 @@ impl Scene {
         Self { context, inputs, sent, sessions: JoinSet::new() }
     }
 
-    /// A session over `stream`: its number, and what the hub gives its writer batches by.
-    async fn open<S: AsyncRead + AsyncWrite + Send + 'static>(
-        &mut self,
-        stream: S,
-    ) -> (SessionId, mpsc::Sender<Batch>) {
+    /// A session over `stream`: its number, and where its writer waits for what the hub gives it.
+    async fn open<S: AsyncRead + AsyncWrite + Send + 'static>(&mut self, stream: S) -> (SessionId, Place) {
         let context = self.context.clone();
         let handshake_ends = context.clock.now();
         let opening = Opening { holder: Holder::Local, dialled: None, transport: None, group: "none", handshake_ends };
@@ -94,7 +91,7 @@ async fn s1_who_reads_a_byte_a_second_is_dropped() {
     let (stream, other) = duplex(1_024);
     let (id, writer) = scene.open(stream).await;
     scene.sessions.spawn(read_slowly(other, 1, Duration::from_secs(1)));
-    writer.send((0..64).map(|_| frame(4_000)).collect()).await.unwrap();
+    writer.send((0..64).map(|_| frame(4_000)).collect()).unwrap();
     let ms = scene.closed(id).await;
     assert!((5_000..5_100).contains(&ms), "{ms}");
     assert!(scene.metric(TIMED_OUT));
@@ -107,8 +104,8 @@ async fn s1_who_makes_progress_stays() {
     let (stream, other) = duplex(1_024);
     let (id, writer) = scene.open(stream).await;
     scene.sessions.spawn(read_slowly(other, 16 * 1_024, Duration::from_secs(1)));
-    writer.send((0..64).map(|_| frame(4_000)).collect()).await.unwrap();
-    assert_eq!(scene.sent.recv().await, Some(id), "all of it was taken, in 16 seconds");
+    writer.send((0..64).map(|_| frame(4_000)).collect()).unwrap();
+    assert!(scene.sent.recv().await.is_some_and(|(sent, _)| sent == id), "all of it was taken, in 16 seconds");
     assert!(scene.inputs.try_recv().is_err());
 }
 
@@ -173,10 +170,10 @@ async fn s5_what_was_sent_last_arrives_though_the_other_side_still_sends() {
     let mut scene = Scene::new(CONFIG);
     let (stream, mut other) = duplex(4_096);
     let (id, writer) = scene.open(stream).await;
-    writer.send(vec![frame(10_000)]).await.unwrap();
-    drop(writer);
+    writer.send(vec![frame(10_000)]).unwrap();
     let mut got = vec![0; 10_038];
     other.read_exact(&mut got).await.unwrap();
+    drop(scene.sent.recv().await); // and the place with it, as the hub does with one that it has closed
     assert_eq!(other.read(&mut [0; 1]).await.unwrap(), 0, "closed for writing");
     for _ in 0..10 {
         other.write_all(&codec::encoded(&frame(4_000)).unwrap()).await.expect("it still reads");
@@ -221,7 +218,7 @@ async fn s6_a_panic_in_one_session_ends_it_alone() {
     assert_eq!(scene.closed(id).await, 0);
     assert!(scene.metric("overlay_session_panics_total{amnesia=\"on\"} 1\n"));
     assert!(scene.sessions.join_next().await.unwrap().is_ok(), "its owner did not panic");
-    healthy.send(vec![frame(100)]).await.unwrap();
+    healthy.send(vec![frame(100)]).unwrap();
     other.read_exact(&mut [0; 138]).await.unwrap();
     other.write_all(&codec::encoded(&frame(100)).unwrap()).await.unwrap();
     assert!(matches!(scene.inputs.recv().await, Some(Input::Frame { .. })));

@@ -65,7 +65,7 @@ fn m1_more_than_memory_is_refused_and_nothing_is_killed(profile: Profile) -> Res
     let count = scale(300, 10_000);
     // Past this the system gives the process no more, and it would abort.
     let limit = format!("--data={0}:{0}", 8 * budget());
-    let mut target = Target::start_under(profile, &[&limit], |config| {
+    let mut target = Target::start_under(profile, &["prlimit", &limit, "--"], |config| {
         config.overlay.memory_bytes = budget();
         config.gossip.store_bytes = 8 << 20;
         config.overlay.max_sessions = 20_000;

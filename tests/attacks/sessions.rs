@@ -195,7 +195,7 @@ fn s2_half_closed_and_silent_sessions_give_their_descriptors_back(profile: Profi
 /// there notice nothing.
 fn s3_without_descriptors_it_is_live_and_not_ready(profile: Profile) -> Result<()> {
     const MOST_ERRORS_A_SECOND: f64 = 100.0;
-    let mut target = Target::start_under(profile, &["--nofile=128:128"], |config| {
+    let mut target = Target::start_under(profile, &["prlimit", "--nofile=128:128", "--"], |config| {
         // The silent ones stay, until the test lets go of them.
         config.overlay.handshake_timeout_ms = 120_000;
     })?;

@@ -24,16 +24,16 @@ impl Target {
         Self::start_under(profile, &[], change)
     }
 
-    /// The same under limits: options of prlimit(1).
+    /// The same under another program, with its options: prlimit(1), or env(1).
     pub(crate) fn start_under(
         profile: Profile,
-        limits: &[&str],
+        under: &[&str],
         change: impl FnOnce(&mut DaemonConfig),
     ) -> Result<Self> {
         // A test that failed has let go of what it held.
         let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         raise_descriptors()?;
-        let daemon = Daemon::start_under(profile, limits, |config| {
+        let daemon = Daemon::start_under(profile, under, |config| {
             // What the probe published would be memory that grows for two minutes.
             config.gossip.dedupe_window_ms = 2_000;
             change(config);

@@ -235,7 +235,7 @@ fn n2_no_secret_is_told(profile: Profile) -> Result<()> {
 fn n1_a_crash_leaves_no_core(profile: Profile) -> Result<()> {
     let permitted = "--core=unlimited:unlimited";
     for (signal, name) in [(Signal::ABORT, "ABRT"), (Signal::SEGV, "SEGV")] {
-        let mut daemon = Daemon::start_under(profile, &[permitted], |_| {})?;
+        let mut daemon = Daemon::start_under(profile, &["prlimit", permitted, "--"], |_| {})?;
         let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.process.id()))?;
         let core = limits.lines().find(|line| line.starts_with("Max core file size")).context("no core limit")?;
         assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);

@@ -67,18 +67,18 @@ impl Daemon {
         Self::start_with(profile, &[], authority, peers, change)
     }
 
-    /// The same under limits: options of prlimit(1).
+    /// The same under another program, with its options: prlimit(1), or env(1).
     ///
     /// # Errors
     /// As [`Self::start`].
-    pub fn start_under(profile: Profile, limits: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
+    pub fn start_under(profile: Profile, under: &[&str], change: impl FnOnce(&mut DaemonConfig)) -> Result<Self> {
         let peers = PeersConfig { format: config::FORMAT, name: "target".to_owned(), peers: Vec::new() };
-        Self::start_with(profile, limits, Arc::new(Authority::new()?), peers, change)
+        Self::start_with(profile, under, Arc::new(Authority::new()?), peers, change)
     }
 
     fn start_with(
         profile: Profile,
-        limits: &[&str],
+        under: &[&str],
         authority: Arc<Authority>,
         peers: PeersConfig,
         change: impl FnOnce(&mut DaemonConfig),
@@ -87,10 +87,10 @@ impl Daemon {
         let home = tempfile::Builder::new().prefix("overlay-daemon-").tempdir()?;
         let config = write(folder.path(), &authority, profile, &peers, change)?;
         let daemon = programs::built("overlay-daemon")?;
-        let program = if limits.is_empty() { daemon.clone() } else { PathBuf::from("prlimit") };
+        let program = under.first().map_or_else(|| daemon.clone(), PathBuf::from);
         let mut process = Process::start("overlay-daemon", &program, &folder.path().join("log"), |command| {
-            if !limits.is_empty() {
-                command.args(limits).arg("--").arg(&daemon);
+            if let [_, options @ ..] = under {
+                command.args(options).arg(&daemon);
             }
             command.current_dir(home.path()).env("HOME", home.path()).env("TMPDIR", home.path());
             command.arg("run").arg("--config").arg(config).arg("--peers").arg(folder.path().join("peers.toml"));

@@ -176,7 +176,7 @@ impl Context {
         tasks.spawn(send_batches(id, write, batch, self.clone()).instrument(span.clone()));
         let why = tokio::select! {
             why = self.first_end(id, &mut tasks) => why,
-            () = over => "nothing vouches for the other side's certificate any more",
+            () = over => "the other side's certificate ended, or its authority left",
         };
         span.in_scope(|| tracing::debug!(why, "session closed"));
         tasks.shutdown().await;

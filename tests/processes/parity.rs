@@ -329,8 +329,8 @@ fn k1_a_token_that_dies_ends_its_stream_alone(case: Case) -> Result<()> {
     Ok(())
 }
 
-/// T6: a certificate that is replaced is shown to those who come, a broken one to nobody; who is
-/// there stays.
+/// T6: a broken certificate, and one that is replaced, keep nobody out who comes, and disturb
+/// nobody who is there.
 fn t6_keys_change_and_sessions_stay(case: Case) -> Result<()> {
     let target = Target::start(case)?;
     let mut wire = subscribed(&target)?;

@@ -429,6 +429,20 @@ async fn a_swapped_volume_is_noticed() {
     assert!(text.contains("overlay_certificate_expiry_timestamp_seconds{amnesia=\"on\"} 13569465600"), "{text}");
 }
 
+/// N2: whoever still has a configuration of a set that is gone has no key by it.
+#[test]
+fn n2_a_configuration_outlives_its_key() {
+    let volume = Volume::new(&Volume::files(&Authority::new(), &TokenRoot::new(), LeafOptions::default()));
+    let (tls, token) = volume.config(KeyExchange::RequireHybrid);
+    let keys = Keys::load(&tls, &token, NOW_MS).unwrap();
+    let set = keys.current();
+    let client = Arc::clone(set.client());
+    drop(keys);
+    assert!(client.client_auth_cert_resolver.has_certs(), "who shakes hands has the set");
+    drop(set);
+    assert!(!client.client_auth_cert_resolver.has_certs());
+}
+
 #[test]
 fn a_client_needs_no_token_keys() {
     let files = Volume::files(&Authority::new(), &TokenRoot::new(), LeafOptions::default());

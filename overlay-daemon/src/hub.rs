@@ -38,7 +38,7 @@ const HEARTBEAT_MS: u64 = 200;
 pub type Batch = Vec<Frame>;
 
 /// Where a writer that is free waits for its next batch. One for each batch: a channel that stays
-/// would keep more for a session at rest than all else that the daemon has of it.
+/// has room for 32, some 1.3 KiB for every session at rest.
 pub type Place = oneshot::Sender<Batch>;
 
 /// What happened.

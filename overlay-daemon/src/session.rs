@@ -161,7 +161,7 @@ impl Context {
         // What is logged on behalf of a session says which.
         let span = tracing::info_span!("session", session = id.0);
         span.in_scope(|| {
-            let (transport, dialled) = (opening.transport.map_or("unix", Transport::label), opening.dialled.is_some());
+            let (transport, dialled) = (Transport::label_of(opening.transport), opening.dialled.is_some());
             tracing::debug!(identity = %holder, transport, group = opening.group, dialled, "session opened");
         });
         let (writer, batch) = oneshot::channel();

@@ -1,6 +1,6 @@
 //! A1, A3: admin HTTP of a daemon that is attacked, and what it shows of the attack.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use overlay_tests::on_both_profiles;
 use overlay_tests::{http, wait};
 
 use crate::probe::{self, Probe};
-use crate::target::{Target, scale};
+use crate::target::{Target, is_closed, scale};
 
 on_both_profiles!(by crate::probe::run: a3_as_many_series_as_before_whoever_came);
 
@@ -25,20 +25,6 @@ probe::rows!(a1_a_thousand_partial_heads_keep_no_probe_out);
 const LIMIT: Duration = Duration::from_secs(60);
 /// Requests that a session may have under way in A3.
 const INFLIGHT: u32 = 4;
-
-/// Whether the daemon has closed a connection, whatever it said before.
-fn is_closed(stream: &mut TcpStream) -> Result<bool> {
-    stream.set_nonblocking(true)?;
-    let mut bytes = [0; 1024];
-    loop {
-        match stream.read(&mut bytes) {
-            Ok(0) => return Ok(true),
-            Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
-            Err(_) => return Ok(true),
-        }
-    }
-}
 
 /// A1: a thousand heads that never end, some of them dripped: each is closed, by one deadline for
 /// the whole of it or to make room; probes and scrapes beside them are answered all the time.

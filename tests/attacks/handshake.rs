@@ -1,6 +1,6 @@
 //! T1, T2, T4, T5, T7, T10: what costs a daemon something before anybody has shown who they are.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +23,7 @@ use rustls::sign::{CertifiedKey, Signer, SigningKey};
 use rustls::{AlertDescription, SignatureScheme};
 
 use crate::probe::{self, Probe};
-use crate::target::{Target, scale};
+use crate::target::{Target, is_closed, scale};
 
 // The others end before there is anything that a profile decides.
 on_both_profiles!(by crate::probe::run: t1_silence_and_dripped_hellos_end_at_one_deadline, t4_less_than_hybrid_tls13_and_alpn_is_refused);
@@ -64,20 +64,6 @@ impl Honest {
     fn finish(self) -> Result<usize> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().map_err(|_| anyhow!("it panicked"))?
-    }
-}
-
-/// Whether the daemon has closed a connection that is expected to say nothing more.
-fn is_closed(stream: &mut TcpStream) -> Result<bool> {
-    stream.set_nonblocking(true)?;
-    let mut bytes = [0; 4096];
-    loop {
-        match stream.read(&mut bytes) {
-            Ok(0) => return Ok(true),
-            Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
-            Err(_) => return Ok(true),
-        }
     }
 }
 

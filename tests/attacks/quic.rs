@@ -171,24 +171,19 @@ fn t8_duplicate_initials_are_answered_three_times_at_most() -> Result<()> {
     let mut silent = attacker(&target, &offer, parameters())?;
     let hello = silent.hello();
     let datagrams = silent.say(Level::Initial, &hello)?;
-    for datagram in &datagrams {
-        silent.send(datagram)?;
-    }
+    let say = |silent: &mut Attacker| datagrams.iter().try_for_each(|datagram| silent.send(datagram));
+    say(&mut silent)?;
     // Once more, every byte of it, as a reflector's victim would be made to seem to ask: each time
     // that the handshake was given up, another one.
     for _ in 0..scale(100, 10_000) {
-        for datagram in &datagrams {
-            silent.send(datagram)?;
-        }
+        say(&mut silent)?;
         silent.receive(Duration::from_millis(1))?;
         ensure!(silent.received <= 3 * silent.sent, "{} for {}", silent.received, silent.sent);
     }
     let known = target.rejected("timeout")?;
     // Asked on, for one that was given up is deaf for a while, and the next begins after it.
     wait::until_true("the last of them to be given up", LIMIT, || {
-        for datagram in &datagrams {
-            silent.send(datagram)?;
-        }
+        say(&mut silent)?;
         drain(&mut silent)?;
         Ok(target.rejected("timeout")? > known)
     })?;

@@ -1,5 +1,7 @@
 //! What a row attacks, one at a time: they would disturb each other's measurements.
 
+use std::io::{ErrorKind, Read};
+use std::net::TcpStream;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -65,4 +67,18 @@ pub(crate) fn scale(short: usize, full: usize) -> usize {
 /// and going is that much.
 pub(crate) fn later() -> f64 {
     if std::env::var_os("OVERLAY_SOAK").is_some() { 1.05 } else { 1.10 }
+}
+
+/// Whether the daemon has closed a connection, whatever it said before.
+pub(crate) fn is_closed(stream: &mut TcpStream) -> Result<bool> {
+    stream.set_nonblocking(true)?;
+    let mut bytes = [0; 1024];
+    loop {
+        match stream.read(&mut bytes) {
+            Ok(0) => return Ok(true),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
+            Err(_) => return Ok(true),
+        }
+    }
 }

@@ -17,7 +17,9 @@ use overlay_core::control::Open;
 use overlay_core::frame::Flags;
 use overlay_core::record::Publish;
 use overlay_tests::daemon::{Daemon, LIMIT};
+use overlay_tests::files::replace;
 use overlay_tests::oap::{self, Wire};
+use overlay_tests::status::status;
 use overlay_tests::subscriber::Subscriber;
 use overlay_tests::trust::{Authority, NODE};
 use overlay_tests::watch::{Watch, changed_since};
@@ -116,9 +118,7 @@ fn repertoire(daemon: &Daemon) -> Result<Vec<Vec<u8>>> {
 
 /// How often new keys were taken up.
 fn key_reloads(daemon: &Daemon) -> Result<f64> {
-    let metrics = daemon.metrics()?;
-    let line = metrics.lines().find(|line| line.starts_with("overlay_key_reloads_total{result=\"ok\""));
-    line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).context("no count of reloads")
+    http::sample(&daemon.metrics()?, "overlay_key_reloads_total", "result=\"ok\"")
 }
 
 /// A token whose signature does not hold.
@@ -133,14 +133,7 @@ fn edit(daemon: &Daemon, file: &str, from: &str, to: &str) -> Result<()> {
     let path = daemon.folder().join(file);
     let text = fs::read_to_string(&path)?;
     ensure!(text.contains(from), "{file} has no {from}:\n{text}");
-    replace(&path, text.replace(from, to).as_bytes())
-}
-
-/// Whole, as Kubernetes swaps files.
-fn replace(path: &Path, text: &[u8]) -> Result<()> {
-    let new = path.with_extension("new");
-    fs::write(&new, text)?;
-    Ok(fs::rename(new, path)?)
+    replace(&path, text.replace(from, to))
 }
 
 fn contains(text: &[u8], what: &[u8]) -> bool {
@@ -210,14 +203,8 @@ fn n2_nothing_reaches_a_disk(profile: Profile) -> Result<()> {
 fn n2_no_secret_is_told(profile: Profile) -> Result<()> {
     let mut daemon = start(profile)?;
     let secrets = repertoire(&daemon)?;
-    let status = Command::new(programs::built("overlay-daemon")?)
-        .args(["status", "--output", "json", "--socket"])
-        .arg(daemon.socket())
-        .arg("--token-file")
-        .arg(daemon.folder().join("client"))
-        .output()?;
-    ensure!(status.status.success(), "status: {}", String::from_utf8_lossy(&status.stderr));
-    let mut told = vec![("status", status.stdout)];
+    let status = status(&daemon.socket(), Some(&daemon.folder().join("client")), "json")?;
+    let mut told = vec![("status", status.into_bytes())];
     for path in ["/metrics", "/readyz", "/version", "/healthz"] {
         told.push((path, http::get(daemon.admin, path)?.body.into_bytes()));
     }

@@ -3,16 +3,16 @@
 //! certificate ends.
 
 use std::fs;
-use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
+use overlay_tests::files::replace;
+use overlay_tests::http;
+use overlay_tests::status::report;
 use overlay_tests::wait::{self, Look};
-use overlay_tests::{http, programs};
 use rcgen::{
     BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, PKCS_ED25519, SanType,
 };
-use serde_json::Value;
 
 use crate::local::mesh::{Daemon, LIMIT, Mesh};
 
@@ -66,8 +66,7 @@ impl Target {
         for daemon in &self.daemons {
             for (name, text) in files {
                 let path = daemon.socket.with_file_name("trust").join(name);
-                fs::write(path.with_extension("next"), text)?;
-                fs::rename(path.with_extension("next"), path)?;
+                replace(&path, text)?;
             }
         }
         wait::until_true("the files to be taken up", LIMIT, || {
@@ -78,19 +77,14 @@ impl Target {
     fn reloads(&self) -> Result<Vec<f64>> {
         let count = |daemon: &Daemon| {
             let metrics = http::get(daemon.admin, "/metrics")?.body;
-            let line = metrics.lines().find(|l| l.starts_with("overlay_key_reloads_total{result=\"ok\""));
-            line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).context("no count of reloads")
+            http::sample(&metrics, "overlay_key_reloads_total", "result=\"ok\"")
         };
         self.daemons.iter().map(count).collect()
     }
 
     /// The numbers of the sessions that the first daemon has with its peer.
     fn sessions(&self) -> Result<Vec<u64>> {
-        let output = Command::new(programs::built("overlay-daemon")?)
-            .args(["status", "--output", "json", "--socket"])
-            .arg(&self.daemons[0].socket)
-            .output()?;
-        let status: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("{output:?}"))?;
+        let status = report(&self.daemons[0].socket, None)?;
         let sessions = status["sessions"].as_array().context("no sessions")?;
         Ok(sessions.iter().filter(|s| s["kind"] == "peer").filter_map(|s| s["id"].as_u64()).collect())
     }

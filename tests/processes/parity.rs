@@ -14,6 +14,7 @@ use overlay_core::grant::Claims;
 use overlay_core::record::{Publish, Record};
 use overlay_core::status::ErrorBody;
 use overlay_tests::daemon::Daemon;
+use overlay_tests::files::replace;
 use overlay_tests::oap::{Any, Offer, TLS12_ONLY, request};
 use overlay_tests::profile::amnesia;
 use overlay_tests::trust::{Authority, NODE};
@@ -335,23 +336,17 @@ fn t6_keys_change_and_sessions_stay(case: Case) -> Result<()> {
     let target = Target::start(case)?;
     let mut wire = subscribed(&target)?;
     let folder = target.daemon.folder();
-    let replace = |file: &str, text: &[u8]| -> Result<()> {
-        let new = folder.join(file).with_extension("new");
-        fs::write(&new, text)?;
-        Ok(fs::rename(new, folder.join(file))?)
-    };
-    let reloads = |result: &str| -> Result<f64> {
-        let (metrics, start) = (target.daemon.metrics()?, format!("overlay_key_reloads_total{{result=\"{result}\""));
-        let line = metrics.lines().find(|line| line.starts_with(&start));
-        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).with_context(|| format!("no {start}"))
+    let reloads = |result: &str| {
+        let label = format!("result=\"{result}\"");
+        http::sample(&target.daemon.metrics()?, "overlay_key_reloads_total", &label)
     };
     let (taken, failed) = (reloads("ok")?, reloads("failed")?);
     let (certificate, key) = target.daemon.authority.leaf_pem(NODE)?;
-    replace("tls.crt", b"no certificate")?;
+    replace(&folder.join("tls.crt"), "no certificate")?;
     wait::until_true("the broken file to be counted", LIMIT, || Ok(reloads("failed")? > failed))?;
     target.client()?;
-    replace("tls.key", key.as_bytes())?;
-    replace("tls.crt", certificate.as_bytes())?;
+    replace(&folder.join("tls.key"), key)?;
+    replace(&folder.join("tls.crt"), certificate)?;
     wait::until_true("the new keys to be taken up", LIMIT, || Ok(reloads("ok")? > taken))?;
     target.client()?;
     wire.send(&request(5, Flags::default(), Publish::Message("hello".into()).encode()))?;

@@ -7,9 +7,11 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use overlay_core::config::Profile;
+use overlay_tests::files::replace;
 use overlay_tests::http;
 use overlay_tests::on_both_profiles;
 use overlay_tests::programs;
+use overlay_tests::status::report;
 use overlay_tests::wait;
 use serde_json::Value;
 
@@ -40,9 +42,7 @@ impl Target {
         let path = self.file(file);
         let text = fs::read_to_string(&path)?;
         ensure!(text.contains(from), "{file} has no {from}:\n{text}");
-        let new = path.with_extension("new");
-        fs::write(&new, text.replace(from, to))?;
-        Ok(fs::rename(new, path)?)
+        replace(&path, text.replace(from, to))
     }
 
     fn file(&self, file: &str) -> PathBuf {
@@ -67,19 +67,13 @@ impl Target {
 
     /// The number of the session with the peer, as `status` shows it.
     fn peer_session(&self) -> Result<Value> {
-        let output = Command::new(programs::built("overlay-daemon")?)
-            .args(["status", "--output", "json", "--socket"])
-            .arg(&self.daemon.socket)
-            .output()?;
-        let status: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("{output:?}"))?;
+        let status = report(&self.daemon.socket, None)?;
         let sessions = status["sessions"].as_array().context("no sessions")?;
         Ok(sessions.iter().find(|session| session["kind"] == "peer").context("no peer")?["id"].clone())
     }
 
     fn failed_reloads(&self) -> Result<f64> {
-        let metrics = self.metrics()?;
-        let line = metrics.lines().find(|l| l.starts_with("overlay_config_reloads_total{result=\"failed\""));
-        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).context("no count of failed reloads")
+        http::sample(&self.metrics()?, "overlay_config_reloads_total", "result=\"failed\"")
     }
 }
 
@@ -106,9 +100,7 @@ fn caps_change_and_no_session_is_lost(profile: Profile) -> Result<()> {
 }
 
 fn quota(target: &Target) -> Result<f64> {
-    let metrics = target.metrics()?;
-    let line = metrics.lines().find(|l| l.starts_with("overlay_rejected_total{reason=\"quota\""));
-    line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).context("no count of refusals")
+    http::sample(&target.metrics()?, "overlay_rejected_total", "reason=\"quota\"")
 }
 
 /// A peer that is taken out loses its series at once, and stops being a peer when it had time
@@ -123,10 +115,7 @@ fn peers_come_and_go(profile: Profile) -> Result<()> {
         |target: &Target| Ok::<_, anyhow::Error>(target.metrics()?.contains("overlay_inflight{peer=\"two-1\""));
     ensure!(series(&target)?);
 
-    let write = |text: &str| {
-        fs::write(path.with_extension("new"), text)?;
-        fs::rename(path.with_extension("new"), &path)
-    };
+    let write = |text: &str| replace(&path, text);
     write(&alone)?;
     target.changed("peers", &was)?;
     ensure!(!series(&target)?, "the series of a peer that is no longer configured goes");

@@ -14,6 +14,7 @@ use overlay_core::control::Open;
 use overlay_core::frame::Flags;
 use overlay_core::record;
 use overlay_core::status::ErrorBody;
+use overlay_tests::files::replace;
 use overlay_tests::oap::{Offer, Wire, request};
 use overlay_tests::{http, on_both_profiles, wait};
 use rustls::AlertDescription;
@@ -46,9 +47,7 @@ impl Target {
 
     fn rejected(&self, reason: &str) -> Result<f64> {
         let metrics = http::get(self.daemon.admin, "/metrics")?.body;
-        let label = format!("reason=\"{reason}\"");
-        let line = metrics.lines().find(|line| line.starts_with("overlay_rejected_total{") && line.contains(&label));
-        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).with_context(|| format!("no {label} in /metrics"))
+        http::sample(&metrics, "overlay_rejected_total", &format!("reason=\"{reason}\""))
     }
 
     /// Asserts that `refused` moves the counter of `reason` by one.
@@ -94,8 +93,7 @@ fn a_key_exchange_policy_changes_without_a_restart(profile: Profile) -> Result<(
     let file = target.daemon.socket.with_file_name("overlay.toml");
     let text = fs::read_to_string(&file)?;
     ensure!(text.contains("\"RequireHybrid\""), "{text}");
-    fs::write(file.with_extension("new"), text.replace("RequireHybrid", "PreferHybrid"))?;
-    fs::rename(file.with_extension("new"), &file)?;
+    replace(&file, text.replace("RequireHybrid", "PreferHybrid"))?;
     wait::until_true("a classical handshake to be accepted", LIMIT, || Ok(target.greet(&classical).is_ok()))?;
     target.greet(&target.offer()?)?;
     ensure!(session.start(3, &Open::Subscribe { topics: vec!["t".parse()?] }, target.token()?)? == 200);

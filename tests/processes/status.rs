@@ -2,7 +2,6 @@
 //! shows it, and its log.
 
 use std::fs;
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
@@ -12,8 +11,8 @@ use overlay_core::frame::Flags;
 use overlay_core::record::Publish;
 use overlay_tests::daemon::{Daemon, LIMIT};
 use overlay_tests::oap::{Wire, request};
+use overlay_tests::on_both_profiles;
 use overlay_tests::wait::{self, Look};
-use overlay_tests::{on_both_profiles, programs};
 use serde_json::Value;
 
 on_both_profiles!(a_report_shows_what_each_session_is_and_holds, the_log_says_which_session_ended_and_why);
@@ -24,14 +23,7 @@ const CLIENT: &str = "spiffe://overlay.test/ns/test/client/status";
 fn status(daemon: &Daemon, output: &str) -> Result<String> {
     let token = daemon.folder().join("status-token");
     fs::write(&token, daemon.local_token()?)?;
-    let shown = Command::new(programs::built("overlay-daemon")?)
-        .args(["status", "--output", output, "--socket"])
-        .arg(daemon.socket())
-        .arg("--token-file")
-        .arg(token)
-        .output()?;
-    ensure!(shown.status.success() && shown.stderr.is_empty(), "{shown:?}");
-    Ok(String::from_utf8(shown.stdout)?)
+    overlay_tests::status::status(&daemon.socket(), Some(&token), output)
 }
 
 fn report(daemon: &Daemon) -> Result<Value> {

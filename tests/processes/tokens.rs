@@ -13,6 +13,7 @@ use overlay_core::control::Open;
 use overlay_core::frame::{AppProto, Flags, Frame};
 use overlay_core::identity::TenantId;
 use overlay_core::record::Publish;
+use overlay_tests::files::replace;
 use overlay_tests::oap::{Wire, request};
 use overlay_tests::subscriber::Subscriber;
 use overlay_tests::wait;
@@ -60,13 +61,6 @@ impl Target {
         Ok(token)
     }
 
-    /// Puts a token where a file is, whole.
-    fn place(&self, path: &PathBuf, token: &str) -> Result<()> {
-        let next = path.with_extension("next");
-        fs::write(&next, token)?;
-        Ok(fs::rename(next, path)?)
-    }
-
     fn subscribe(&self, at: &Daemon, token: &PathBuf, more: &[&str]) -> Result<Command> {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).arg(programs::built("overlay-daemon")?);
@@ -94,7 +88,7 @@ fn a_minted_token_allows_what_was_asked_for(profile: Profile) -> Result<()> {
     let [daemon, _] = &target.daemons[..] else { anyhow::bail!("two daemons") };
     let file = target.mesh.folder().join("client-token");
     let token = target.minted(&["--topics", "news", "--actions", "publish", "--ttl", "1h"])?;
-    target.place(&file, &token)?;
+    replace(&file, &token)?;
     let keys = daemon.socket.with_file_name("trust").join("token-keys.json");
     let (good, said) = inspect(&file, &["--keys", &keys.to_string_lossy()])?;
     ensure!(good && said.contains("signature  holds") && said.contains(NODE) && !said.contains(token.trim()), "{said}");
@@ -121,7 +115,7 @@ fn a_minted_token_allows_what_was_asked_for(profile: Profile) -> Result<()> {
 fn k1_a_token_that_dies_ends_its_stream(profile: Profile) -> Result<()> {
     let target = Target::start(profile)?;
     let file = target.mesh.folder().join("client-token");
-    target.place(&file, &target.minted(&["--topics", "news", "--actions", "subscribe", "--ttl", "2s"])?)?;
+    replace(&file, &target.minted(&["--topics", "news", "--actions", "subscribe", "--ttl", "2s"])?)?;
     let output = target.subscribe(&target.daemons[0], &file, &[])?.stdin(Stdio::null()).output()?;
     let said = String::from_utf8(output.stderr)?;
     ensure!(!output.status.success() && said.contains("401 unauthorized: the token has expired"), "{said}");
@@ -148,7 +142,7 @@ fn k1_a_key_that_is_removed_ends_its_streams(profile: Profile) -> Result<()> {
     ensure!(line == "subscribed to news\n", "{line}");
 
     let (cap, next_cap, next_keys) = (cap(&token)?, cap(&next_token)?, fs::read_to_string(next_keys)?);
-    target.place(&keys, &both(&fs::read_to_string(&keys)?, &next_keys)?)?;
+    replace(&keys, &both(&fs::read_to_string(&keys)?, &next_keys)?)?;
     let subscribe = Open::Subscribe { topics: vec!["news".parse()?] };
     let publish = Open::Publish { topic: "news".parse()? };
     wait::until_true("the next key to be taken up", LIMIT, || {
@@ -157,7 +151,7 @@ fn k1_a_key_that_is_removed_ends_its_streams(profile: Profile) -> Result<()> {
     let mut session = Wire::local(&at.socket)?;
     ensure!(session.start(3, &subscribe, cap.clone())? == 200, "a token of the first key");
     ensure!(session.start(5, &publish, next_cap.clone())? == 200, "a token of the next");
-    target.place(&keys, &next_keys)?;
+    replace(&keys, &next_keys)?;
     let mut rest = String::new();
     said.read_to_string(&mut rest)?;
     ensure!(!reader.wait()?.success() && rest.contains("401 unauthorized: the token's key is not known"), "{rest}");
@@ -200,11 +194,11 @@ fn streams_outlive_their_tokens(profile: Profile) -> Result<()> {
         Ok((client, peer))
     };
     let write = |(client, peer): (String, String)| -> Result<()> {
-        target.place(&file, &client)?;
-        peers.iter().try_for_each(|path| target.place(path, &peer))
+        replace(&file, &client)?;
+        peers.iter().try_for_each(|path| replace(path, &peer))
     };
     let short = mint("8s")?;
-    target.place(&old, &short.0)?;
+    replace(&old, &short.0)?;
     write(short)?;
     let reader = Subscriber::start(target.subscribe(far, &file, &["--count", "2"])?)?;
     target.mesh.publish(near, "news", &["before"])?;
@@ -222,8 +216,7 @@ fn t6_a_broken_file_changes_nothing(profile: Profile) -> Result<()> {
     let daemon = &target.daemons[0];
     let failed = || -> Result<f64> {
         let metrics = http::get(daemon.admin, "/metrics")?.body;
-        let line = metrics.lines().find(|l| l.starts_with("overlay_key_reloads_total{result=\"failed\""));
-        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).context("no count of failed reloads")
+        http::sample(&metrics, "overlay_key_reloads_total", "result=\"failed\"")
     };
     let trust = daemon.socket.with_file_name("trust");
     for name in ["tls.crt", "tls.key", "ca.crt", "token-keys.json"] {

@@ -219,10 +219,7 @@ impl Daemon {
     /// # Errors
     /// There is no such series.
     pub fn rejected(&self, reason: &str) -> Result<f64> {
-        let metrics = self.metrics()?;
-        let label = format!("reason=\"{reason}\"");
-        let line = metrics.lines().find(|line| line.starts_with("overlay_rejected_total{") && line.contains(&label));
-        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).with_context(|| format!("no {label} in /metrics"))
+        http::sample(&self.metrics()?, "overlay_rejected_total", &format!("reason=\"{reason}\""))
     }
 
     /// Series of the exposition.

@@ -43,3 +43,13 @@ pub fn metric_sum(exposition: &str, name: &str) -> Option<f64> {
         .collect();
     (!samples.is_empty()).then(|| samples.iter().sum())
 }
+
+/// The one sample of a metric that has this label, written `name="value"`.
+///
+/// # Errors
+/// There is none.
+pub fn sample(exposition: &str, name: &str, label: &str) -> Result<f64> {
+    let series = format!("{name}{{");
+    let line = exposition.lines().find(|line| line.starts_with(&series) && line.contains(label));
+    line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).with_context(|| format!("no {name} with {label}"))
+}

@@ -6,6 +6,7 @@ pub mod cases;
 pub mod cluster;
 pub mod control_plane;
 pub mod daemon;
+pub mod files;
 pub mod http;
 pub mod kubectl;
 pub mod oap;
@@ -15,6 +16,7 @@ pub mod process;
 pub mod profile;
 pub mod programs;
 pub mod quic;
+pub mod status;
 pub mod subscriber;
 #[cfg(test)]
 mod tables;

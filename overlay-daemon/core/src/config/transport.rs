@@ -35,6 +35,12 @@ impl Transport {
         }
     }
 
+    /// The name of what carries a session in reports and logs: the Unix socket, if none.
+    #[must_use]
+    pub fn label_of(transport: Option<Self>) -> &'static str {
+        transport.map_or("unix", Self::label)
+    }
+
     /// Whether it is what a peer has that does not say.
     #[must_use]
     pub fn is_default(&self) -> bool {

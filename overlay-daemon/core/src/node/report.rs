@@ -70,7 +70,7 @@ fn session(id: u64, entry: &Entry, now: Millis, node: &Node) -> serde_json::Valu
         "identity": entry.holder.to_string(),
         "state": entry.session.state().label(),
         "direction": if entry.session.role() == Role::Dialler { "out" } else { "in" },
-        "transport": entry.transport.map_or("unix", Transport::label),
+        "transport": Transport::label_of(entry.transport),
         "group": entry.group,
         "age_ms": age_ms,
         "idle_ms": idle_ms,

@@ -27,9 +27,8 @@ const PACE: Duration = Duration::from_millis(10);
 const SIZE: usize = 256;
 /// Messages of the quiet phase.
 const QUIET: usize = 200;
-/// How many times its quiet p99 the probe's p99 may be beside an attack (**H**). What is built for
-/// a debugger takes a millisecond for a handshake's own code: there it is three.
-const MOST: f64 = if cfg!(debug_assertions) { 3.0 } else { 2.0 };
+/// How many times its quiet p99 the probe's p99 may be beside an attack (**H**).
+const MOST: f64 = 2.0;
 /// How often a row is run before the probe is late because of the daemon.
 const ATTEMPTS: usize = 5;
 /// For all of them to come.

@@ -13,6 +13,7 @@ use overlay_tests::on_both_profiles;
 use overlay_tests::programs;
 use overlay_tests::status::report;
 use overlay_tests::wait;
+use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 
 use crate::local::mesh::{Daemon, LIMIT, Mesh, one_mesh};
@@ -132,6 +133,7 @@ fn peers_come_and_go(profile: Profile) -> Result<()> {
     })
 }
 
+/// … unless SIGHUP asks for it.
 fn what_cannot_be_taken_up_is_counted_once(profile: Profile) -> Result<()> {
     let target = Target::start(profile)?;
     let was = target.running("config")?;
@@ -151,10 +153,16 @@ fn what_cannot_be_taken_up_is_counted_once(profile: Profile) -> Result<()> {
     wait::until_true("a broken file to be counted", LIMIT, || Ok(target.failed_reloads()? == 3.0))?;
     ensure!(target.running("config")? == was);
 
+    // Nothing changed but that somebody asks, who is told of it again.
+    let session = target.peer_session()?;
+    kill_process(target.mesh.process_of(&target.daemon)?, Signal::HUP)?;
+    wait::until_true("SIGHUP to have it looked at", LIMIT, || Ok(target.failed_reloads()? == 4.0))?;
+    ensure!(target.peer_session()? == session, "the session with the peer is the one that it was");
+
     // Beside a setting that waits, one that does not is taken up.
     target.edit("overlay.toml", "fanout = 0", "fanout = 3")?;
     target.changed("config", &was)?;
-    ensure!(target.failed_reloads()? == 4.0, "{}", target.failed_reloads()?);
+    ensure!(target.failed_reloads()? == 5.0, "{}", target.failed_reloads()?);
     Ok(())
 }
 

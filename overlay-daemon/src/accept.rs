@@ -144,8 +144,10 @@ pub async fn quic(mut listener: QuicListener, keys: Arc<Keys>, context: Context,
             },
         }
     }
-    listener.stop();
-    finish(sessions, &stop.all).await;
+    tokio::select! {
+        () = listener.refuse() => return,
+        () = finish(sessions, &stop.all) => {}
+    }
     listener.finish().await;
 }
 

@@ -98,12 +98,12 @@ pub(crate) fn raise_caps(config: &mut DaemonConfig) {
     overlay.memory_bytes = 4 << 30;
     overlay.idle_timeout_ms = 3_600_000;
     config.gossip.lane_depth_frames = 16_384;
-    config.gossip.store_bytes = 512 << 20;
+    config.gossip.store_bytes = 2 << 30;
 }
 
 /// [`raise_caps`], as it is printed.
 pub(crate) const RAISED: &str = "rps and per_peer_rps 10,000,000; inflight and per_peer_inflight 1,000,000; max_pending 16,384; \
-     memory_bytes 4 GiB; idle_timeout_ms 3,600,000; lane_depth_frames 16,384; store_bytes 512 MiB";
+     memory_bytes 4 GiB; idle_timeout_ms 3,600,000; lane_depth_frames 16,384; store_bytes 2 GiB";
 
 /// The daemon with [`raise_caps`].
 pub(crate) fn daemon() -> Result<Daemon> {

@@ -104,13 +104,17 @@ impl QuicListener {
         }
     }
 
-    /// Takes no more callers.
-    pub fn stop(&self) {
-        self.endpoint.set_server_config(None);
+    /// Takes no more callers, and tells each so (`CONNECTION_REFUSED`, RFC 9000, section 20.1), as
+    /// a port that is closed does for TCP. Ends only where the socket has failed for good.
+    pub async fn refuse(&mut self) {
+        while let Some(incoming) = self.endpoint.accept().await {
+            incoming.refuse();
+        }
     }
 
     /// Waits until who was connected has been told that it is over, or could have been.
     pub async fn finish(self) {
+        self.endpoint.set_server_config(None);
         let _late = timeout(GOODBYE, self.endpoint.wait_idle()).await;
     }
 }

@@ -144,11 +144,21 @@ pub async fn quic(mut listener: QuicListener, keys: Arc<Keys>, context: Context,
             },
         }
     }
-    tokio::select! {
-        () = listener.refuse() => return,
-        () = finish(sessions, &stop.all) => {}
-    }
+    drain_quic(&mut listener, sessions, &stop.all).await;
     listener.finish().await;
+}
+
+/// Waits for all sessions and for the daemon's end, though none be left: who calls meanwhile is
+/// told at once, rather than left to wait.
+async fn drain_quic(listener: &mut QuicListener, sessions: JoinSet<()>, all: &CancellationToken) {
+    let finished = async {
+        finish(sessions, all).await;
+        all.cancelled().await;
+    };
+    tokio::select! {
+        () = listener.refuse() => {}
+        () = finished => {}
+    }
 }
 
 async fn serve_quic(accepted: QuicAccepted, keys: Arc<Keys>, context: Context) {
@@ -224,5 +234,35 @@ async fn finish(mut sessions: JoinSet<()>, all: &CancellationToken) {
     tokio::select! {
         () = all.cancelled() => sessions.shutdown().await,
         () = async { while sessions.join_next().await.is_some() {} } => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use overlay_core::config::KeyExchange;
+
+    use super::*;
+    use crate::clock::Clock;
+    use crate::kms::authority::Authority;
+    use crate::transport::tests::{CONFIG, keys};
+    use crate::transport::{Endpoints, dial_quic};
+
+    /// Who calls over QUIC while the daemon drains is told at once, also when no session over QUIC
+    /// is left, as a closed port tells over TCP.
+    #[tokio::test]
+    async fn who_calls_a_daemon_that_drains_is_refused() {
+        let (clock, keys) = (Clock::start(), keys(&Authority::new(), KeyExchange::RequireHybrid));
+        let current = keys.current();
+        let any = "127.0.0.1:0".parse().unwrap();
+        let mut listener = QuicListener::bind(any, current.quic().unwrap(), CONFIG, clock).unwrap();
+        let (address, endpoints) = (listener.local_addr().unwrap().to_string(), Endpoints::default());
+        let all = CancellationToken::new();
+        let calls = async {
+            let refused = dial_quic(&address, &current, &CONFIG, clock, &endpoints).await.unwrap_err();
+            all.cancel();
+            refused.to_string()
+        };
+        let ((), refused) = tokio::join!(drain_quic(&mut listener, JoinSet::new(), &all), calls);
+        assert!(refused.contains("refused"), "{refused}");
     }
 }

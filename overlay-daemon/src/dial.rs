@@ -63,13 +63,13 @@ impl Dialler {
         let mut plan = Plan::new(self.context.clock);
         let mut warned = false;
         loop {
-            tokio::select! {
-                () = retired.cancelled() => break,
-                Some(ended) = holding.join_next() => {
-                    plan.handle_end(ended.ok(), !holding.is_empty());
+            match next(&plan, &mut self.up, &retired, &mut holding).await {
+                Next::Leave => break,
+                Next::Ended(number) => {
+                    plan.handle_end(number, !holding.is_empty());
                     continue;
                 }
-                due = plan.due(&mut self.up) => if due.is_err() { return },
+                Next::Dial => {}
             }
             let Some(connected) = retired.run_until_cancelled(self.connect()).await else { break };
             match connected {
@@ -122,6 +122,31 @@ impl Dialler {
             return Err(PeerError::Identity { wanted: self.peer.identity.clone(), found: connection.peer });
         }
         Ok((connection, keys))
+    }
+}
+
+/// What a dialler does next.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    Dial,
+    /// See to the end of the session of this number, if it was one's own.
+    Ended(Option<u64>),
+    /// Dial no more. What is held goes on.
+    Leave,
+}
+
+async fn next(
+    plan: &Plan,
+    up: &mut watch::Receiver<bool>,
+    retired: &CancellationToken,
+    holding: &mut JoinSet<u64>,
+) -> Next {
+    tokio::select! {
+        biased;
+        () = retired.cancelled() => Next::Leave,
+        Some(ended) = holding.join_next() => Next::Ended(ended.ok()),
+        // Where it is an error nobody looks after this peer any more, which is as good as being told.
+        due = plan.due(up) => if due.is_ok() { Next::Dial } else { Next::Leave },
     }
 }
 
@@ -210,6 +235,27 @@ mod tests {
             due.unwrap();
             began.elapsed()
         })
+    }
+
+    /// A peer that is taken out of the configuration is told of twice, by its token and by the end
+    /// of who tells whether it is up: whichever is seen first, its session is waited for.
+    #[tokio::test(start_paused = true)]
+    async fn who_is_retired_holds_on_to_its_session() {
+        let clock = Clock::start();
+        let mut plan = Plan::new(clock);
+        plan.handle_session(clock.unix_ms() + 3_600_000, clock.deadline(Duration::from_secs(3)));
+        tokio::time::advance(Duration::from_secs(4)).await;
+        for (cancelled, dropped) in [(true, false), (false, true), (true, true)] {
+            let (told, mut up) = watch::channel(true);
+            let (retired, mut holding) = (CancellationToken::new(), JoinSet::new());
+            holding.spawn(std::future::pending());
+            if cancelled {
+                retired.cancel();
+            }
+            let _kept = (!dropped).then_some(told);
+            assert_eq!(next(&plan, &mut up, &retired, &mut holding).await, Next::Leave);
+            assert_eq!(holding.len(), 1);
+        }
     }
 
     /// The next session is dialled before the one that is held ends with its certificate, and

@@ -212,8 +212,11 @@ impl Turn {
             Input::Open { id, opening, group, writer, gate } => {
                 // Known before the node decides: HELLO may go out at once.
                 self.live.insert(id, Live { writer: Some(writer), gate, group, counted: None });
-                if !self.node.handle_open(id, opening, self.clock.now()) {
-                    self.live.remove(&id);
+                if !self.node.handle_open(id, opening, self.clock.now())
+                    && let Some(live) = self.live.remove(&id)
+                {
+                    // What it still sends is thrown away, and not looked at.
+                    live.gate.pause(Millis::NEVER);
                 }
             }
             Input::Frame { id, frame, grant, at, held } => {

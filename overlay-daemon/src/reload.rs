@@ -147,10 +147,10 @@ impl Reloader {
                 // Who asks wants to hear what is wrong, though it was said before.
                 Ok(()) = asked.changed() => self.refused = None,
             }
-            let files = self.files.clone();
+            let (files, running) = (self.files.clone(), self.config.clone());
             let read = move || {
                 let config = check::read_daemon(&files.config);
-                let peers = check::read_peers(&files.peers, config.as_ref().ok());
+                let peers = check::read_peers(&files.peers, Some(config.as_ref().unwrap_or(&running)));
                 (config, peers)
             };
             let Ok((config, peers)) = tokio::task::spawn_blocking(read).await else { continue };
@@ -161,10 +161,11 @@ impl Reloader {
     async fn take_up(&mut self, config: Result<DaemonConfig, FileError>, peers: Result<PeersConfig, FileError>) {
         let mut problems = Vec::new();
         let before = (self.config.clone(), self.peers.clone());
+        let dialled = peers.as_ref().ok().filter(|new| new.name == self.peers.name).unwrap_or(&self.peers);
         match config {
             Ok(new) => {
                 let mut effective = self.config.with_live(&new);
-                if let Some(peer) = self.peers_over_quic(effective.tls.key_exchange) {
+                if let Some(peer) = over_quic(dialled, effective.tls.key_exchange) {
                     effective.tls.key_exchange = self.config.tls.key_exchange;
                     problems.push(format!("tls.key_exchange: must be RequireHybrid while {peer} is dialled over QUIC"));
                 }
@@ -199,12 +200,6 @@ impl Reloader {
         }
         self.told.taken_up.send_replace(problem.is_none());
         self.refused = problem;
-    }
-
-    /// A peer that could not be dialled any more with this policy.
-    fn peers_over_quic(&self, policy: KeyExchange) -> Option<&str> {
-        let over_quic = |peer: &&Peer| policy != KeyExchange::RequireHybrid && peer.transport == Transport::Quic;
-        self.peers.peers.iter().find(over_quic).map(|peer| peer.name.as_str())
     }
 
     /// Whether handshakes are held to this policy from now on.
@@ -282,4 +277,10 @@ impl Reloader {
         self.diallers.spawn(dialler.run());
         self.dialling.insert(place, Dialling { retired, up });
     }
+}
+
+/// A peer that could not be dialled any more with this policy.
+fn over_quic(peers: &PeersConfig, policy: KeyExchange) -> Option<&str> {
+    let over_quic = |peer: &&Peer| policy != KeyExchange::RequireHybrid && peer.transport == Transport::Quic;
+    peers.peers.iter().find(over_quic).map(|peer| peer.name.as_str())
 }

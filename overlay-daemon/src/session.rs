@@ -228,7 +228,7 @@ enum Ended {
     Gone(&'static str),
     /// The other side closed in order.
     Left,
-    /// The writer has a refusal to send, and then closes.
+    /// The writer has a refusal to send, and then closes; nothing more comes meanwhile.
     BrokenFrame,
     /// The hub closed the session, and all that it had to send has left.
     Closed,
@@ -254,7 +254,7 @@ impl Reader {
         // Set while part of a frame is there: until when the rest must be (I-2).
         let mut deadline: Option<Instant> = None;
         let mut room = REST_BYTES;
-        loop {
+        let status = loop {
             // What was read already waits too, and what was not fills the other side's window.
             while let Some(until) = self.gate.paused(&self.context.clock) {
                 if until == Millis::NEVER {
@@ -271,13 +271,13 @@ impl Reader {
                     continue;
                 }
                 Ok(None) => {}
-                Err(error) => return self.refuse(error.status()).await,
+                Err(error) => break error.status(),
             }
             if !buf.is_empty() && deadline.is_none() {
                 deadline = Some(self.context.clock.deadline(self.context.timing.now().read));
             }
             if buf.len() > READ_BYTES && self.context.reading.bytes() > self.context.timing.now().max_reading {
-                return self.refuse(Status::Unavailable).await;
+                break Status::Unavailable;
             }
             if buf.is_empty() && buf.capacity() > room {
                 buf = BytesMut::new(); // at rest, or after a large frame
@@ -306,14 +306,14 @@ impl Reader {
                 REST_BYTES => SOME_BYTES,
                 _ => READ_BYTES,
             };
-        }
-    }
-
-    async fn refuse(&self, status: Status) -> Ended {
+        };
+        drop((buf, held));
         tracing::debug!(code = status.code(), "broken frame");
         if let Ok(place) = self.context.hub.reserve().await {
             place.send(Input::Broken(self.id, status));
         }
+        // The rest of it comes still, and would have the refusal reset.
+        discard(read).await;
         Ended::BrokenFrame
     }
 

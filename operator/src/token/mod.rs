@@ -44,7 +44,8 @@ enum Command {
 const CREATE_HELP: &str = "\
 Without --namespace the token is for the run of 'overlay-operator local' on this machine that
 has the manifest's OverlayNode; with it, for a cluster: your kubeconfig must allow reading the
-Secret overlay-token-root in that namespace.
+Secret overlay-token-root in that namespace. The OverlayNode's namespace is its manifest's,
+'default' where that has none: where it is another, mint from the live object, as below.
 
 Whoever holds the token may use it: keep it in a file of mode 0600, or in a Secret.
 
@@ -52,6 +53,8 @@ Examples:
   overlay-operator token create --file mesh.yaml --topics news --actions subscribe --ttl 1h
   overlay-operator token create --file mesh.yaml --topics 'log.*,news' --actions publish \\
       --namespace overlay-system --client collector
+  kubectl get overlaynode mesh -n prod -o yaml | overlay-operator token create --file - \\
+      --topics news --actions publish --namespace overlay-system --client collector
   overlay-operator token create --file mesh.yaml --topics '*' --actions publish,subscribe |
       overlay-daemon token inspect -
 

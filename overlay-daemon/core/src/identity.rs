@@ -15,7 +15,9 @@ pub const MAX_TOPIC: usize = 255;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
     /// Not `spiffe://TRUST-DOMAIN/ns/NAMESPACE/(overlaynode|client)/NAME[/pod/POD]`.
-    #[error("must be spiffe://TRUST-DOMAIN/ns/NAMESPACE/overlaynode/NAME, optionally followed by /pod/POD")]
+    #[error(
+        "must be spiffe://TRUST-DOMAIN/ns/NAMESPACE/overlaynode/NAME, optionally followed by /pod/POD, or …/client/NAME"
+    )]
     Identity,
     /// Not a tenant.
     #[error("must be 0, a UUID, a ULID or 32 hexadecimal digits")]

@@ -23,7 +23,9 @@ pub enum IdentityError {
     #[error("the certificate has {0} URI SANs, must have exactly one")]
     Count(usize),
     /// The URI SAN is not an identity.
-    #[error("the certificate's URI SAN is not spiffe://TRUST-DOMAIN/ns/NAMESPACE/overlaynode/NAME[/pod/POD]")]
+    #[error(
+        "the certificate's URI SAN is not spiffe://TRUST-DOMAIN/ns/NAMESPACE/overlaynode/NAME[/pod/POD] or …/client/NAME"
+    )]
     NotSpiffe,
 }
 

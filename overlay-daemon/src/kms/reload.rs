@@ -103,6 +103,7 @@ impl Keys {
         mut asked: watch::Receiver<u64>,
         cancel: CancellationToken,
     ) {
+        let mut told = self.current().generation();
         metrics.certificate_expiry(self.current().not_after_ms());
         let mut tick = tokio::time::interval(POLL_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -117,18 +118,18 @@ impl Keys {
             }
             let keys = Arc::clone(&self);
             let Ok(outcome) = tokio::task::spawn_blocking(move || keys.reload(clock.unix_ms())).await else { continue };
-            match outcome {
-                Reload::Unchanged | Reload::StillRefused => {}
-                Reload::Replaced => {
-                    metrics.key_reload(true);
-                    metrics.certificate_expiry(self.current().not_after_ms());
-                    tracing::info!(generation = self.current().generation(), "keys reloaded");
-                }
-                Reload::Refused(errors) => {
-                    metrics.key_reload(false);
-                    let errors = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
-                    tracing::warn!(errors, "keys not reloaded, the old ones stay");
-                }
+            if let Reload::Refused(errors) = outcome {
+                metrics.key_reload(false);
+                let errors = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+                tracing::warn!(errors, "keys not reloaded, the old ones stay");
+            }
+            // By their number: a change of policy may have found new files before this look did.
+            let current = self.current();
+            if current.generation() != told {
+                told = current.generation();
+                metrics.key_reload(true);
+                metrics.certificate_expiry(current.not_after_ms());
+                tracing::info!(generation = told, "keys reloaded");
             }
         }
     }

@@ -57,7 +57,7 @@ fn key_material_that_is_refused() {
         ),
         (
             leaf(LeafOptions { uris: &["https://example.org"], ..Default::default() }),
-            "tls.certificate: tls.crt: the certificate's URI SAN is not spiffe://TRUST-DOMAIN/ns/NAMESPACE/overlaynode/NAME[/pod/POD]",
+            "tls.certificate: tls.crt: the certificate's URI SAN is not spiffe://TRUST-DOMAIN/ns/NAMESPACE/overlaynode/NAME[/pod/POD] or …/client/NAME",
         ),
         (with(1, &other.leaf(LeafOptions::default()).1), "tls.key: tls.key: is not the private key of tls.certificate"),
         (with(1, "nothing"), "tls.key: tls.key: holds no PEM private key"),

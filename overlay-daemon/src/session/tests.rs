@@ -29,12 +29,17 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    fn with(change: impl FnOnce(&mut DaemonConfig)) -> Self {
         let (clock, root) = (Clock::start(), TokenRoot::new());
         let volume = Volume::new(&Volume::files(&Authority::new(), &root, LeafOptions::default()));
         let (tls, token) = volume.config(KeyExchange::RequireHybrid);
         let keys = Keys::load(&tls, &token, clock.unix_ms()).unwrap();
         let any = "127.0.0.1:1".parse().unwrap();
-        let config = DaemonConfig::with_defaults(Profile::Micronode, any, any, tls, token, "s".into());
+        let mut config = DaemonConfig::with_defaults(Profile::Micronode, any, any, tls, token, "s".into());
+        change(&mut config);
         let peers = PeersConfig { format: FORMAT, name: "mesh-0".into(), peers: Vec::new() };
         let identity = keys.current().identity().clone();
         let node = Node::new(config.clone(), &peers, identity, Incarnation(7), clock.now());
@@ -88,6 +93,21 @@ impl Client {
                 return None;
             }
         }
+    }
+
+    /// Sends the same frame over and over, and reads until the daemon has closed: how many were
+    /// taken. What it answered is in the inbox.
+    async fn flood(&mut self, bytes: Bytes) -> usize {
+        let (mut read, mut write) = tokio::io::split(&mut self.stream);
+        let sends = async {
+            let mut sent = 0;
+            while sent < 300_000 && write.write_all(&bytes).await.is_ok() {
+                sent += 1;
+            }
+            sent
+        };
+        let reads = async { while matches!(read.read_buf(&mut self.inbox).await, Ok(1..)) {} };
+        tokio::join!(sends, reads).0
     }
 
     async fn ask(&mut self, frame: &Frame) -> u16 {
@@ -239,22 +259,24 @@ async fn f6_what_comes_after_the_close_is_not_read() {
     let mut client = bench.connect();
     // Before HELLO, anything else closes.
     let early = codec::encoded(&frame(Flags::default(), AppProto::PUBSUB, 9, Bytes::new())).unwrap();
-    let len = early.len();
-    let (mut read, mut write) = tokio::io::split(client.stream);
-    let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        let mut sent = 0;
-        while sent < 300_000 && write.write_all(&early).await.is_ok() {
-            sent += 1;
-        }
-        sent
-    });
-    client.inbox.clear();
-    while matches!(read.read_buf(&mut client.inbox).await, Ok(1..)) {}
+    let held = (DISCARDED + 3 * READ_BYTES) / early.len();
+    let sent = client.flood(early).await;
     let refusal = codec::decode(&mut client.inbox).unwrap().unwrap();
     assert_eq!((refusal.code, client.inbox.len()), (400, 0), "one refusal, and the end");
-    let sent = tasks.join_next().await.unwrap().unwrap();
-    let held = (DISCARDED + 3 * READ_BYTES) / len;
+    assert!(sent <= held + QUEUE, "{sent} frames were taken, {held} fit");
+}
+
+/// F6: nor is one read that comes when so many are being turned away that it is not even told.
+#[tokio::test(start_paused = true)]
+async fn f6_who_is_not_even_turned_away_is_not_read() {
+    let mut bench = Bench::with(|config| config.overlay.max_sessions = 1);
+    let _first = bench.connect();
+    let _turned_away: Vec<_> = (0..256).map(|_| bench.connect()).collect();
+    let mut last = bench.connect();
+    let start = codec::encoded(&frame(Flags::START, AppProto::PUBSUB, 9, Bytes::new())).unwrap();
+    let held = (DISCARDED + 3 * READ_BYTES) / start.len();
+    let sent = last.flood(start).await;
+    assert!(last.inbox.is_empty(), "nothing is said");
     assert!(sent <= held + QUEUE, "{sent} frames were taken, {held} fit");
 }
 

@@ -30,7 +30,7 @@ mod tor;
 mod unix;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use descriptors::{Descriptor, Descriptors};
 pub use dial::{DialError, dial};

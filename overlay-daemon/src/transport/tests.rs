@@ -16,7 +16,7 @@ use crate::clock::Clock;
 use crate::kms::authority::{Authority, LeafOptions, NODE, TokenRoot, Volume};
 use crate::kms::{Keys, client_config};
 
-pub(super) const CONFIG: TransportConfig = TransportConfig {
+pub(crate) const CONFIG: TransportConfig = TransportConfig {
     handshake: Duration::from_secs(3),
     read: Duration::from_secs(5),
     write: Duration::from_secs(5),
@@ -28,7 +28,7 @@ pub(super) const CONFIG: TransportConfig = TransportConfig {
 };
 
 /// Keys that `authority` vouches for, with a leaf of `options`.
-pub(super) fn keys(authority: &Authority, policy: KeyExchange) -> Keys {
+pub(crate) fn keys(authority: &Authority, policy: KeyExchange) -> Keys {
     let volume = Volume::new(&Volume::files(authority, &TokenRoot::new(), LeafOptions::default()));
     let (tls, token) = volume.config(policy);
     Keys::load(&tls, &token, Clock::start().unix_ms()).unwrap()

@@ -183,6 +183,28 @@ async fn s5_what_was_sent_last_arrives_though_the_other_side_still_sends() {
     assert!((900..=1_000).contains(&ms), "and not for ever: {ms}");
 }
 
+/// What is broken is read to its end, unseen: left on the socket it would have the refusal reset.
+#[tokio::test(start_paused = true)]
+async fn f1_the_rest_of_a_broken_frame_does_not_keep_its_refusal_from_arriving() {
+    let mut scene = Scene::new(CONFIG);
+    let (stream, mut other) = duplex(4_096);
+    let (id, writer) = scene.open(stream).await;
+    let mut oversize = codec::encoded(&frame(10)).unwrap().to_vec();
+    oversize[..4].copy_from_slice(&u32::MAX.to_be_bytes());
+    other.write_all(&oversize).await.unwrap();
+    assert!(matches!(scene.inputs.recv().await, Some(Input::Broken(_, Status::PayloadTooLarge))));
+    writer.send(vec![frame(100)]).unwrap();
+    let rest = vec![0; 500_000];
+    timeout(Duration::from_secs(1), other.write_all(&rest)).await.expect("it still reads").unwrap();
+    assert_eq!(scene.context.reading.bytes(), 0, "and keeps nothing");
+    let mut got = vec![0; 138];
+    other.read_exact(&mut got).await.unwrap();
+    drop(scene.sent.recv().await);
+    assert_eq!(other.read(&mut [0; 1]).await.unwrap(), 0, "closed for writing");
+    drop(other);
+    assert_eq!(scene.closed(id).await, 0);
+}
+
 /// A stream whose reads are worse than errors.
 struct Panics;
 

@@ -71,20 +71,6 @@ async fn other_policies_and_strangers_get_nowhere() {
     assert!(matches!(&dialled, Err(DialError::Handshake { .. })), "{dialled:?}");
 }
 
-/// Who calls a daemon that drains is told at once, and does not wait for its deadline.
-#[tokio::test]
-async fn who_calls_while_it_drains_is_refused() {
-    let keys = keys(&Authority::new(), KeyExchange::RequireHybrid);
-    let mut listener = listener(&keys, CONFIG);
-    let (address, endpoints) = (listener.local_addr().unwrap().to_string(), Endpoints::default());
-    let current = keys.current();
-    let refused = tokio::select! {
-        () = listener.refuse() => unreachable!("the socket is in order"),
-        dialled = dial_quic(&address, &current, &CONFIG, Clock::start(), &endpoints) => dialled.unwrap_err(),
-    };
-    assert!(refused.to_string().contains("refused"), "{refused}");
-}
-
 /// A port where nobody listens, and a name that nobody has: named, within the deadline.
 #[tokio::test(start_paused = true)]
 async fn a_dial_names_the_address() {

@@ -58,6 +58,23 @@ pub(crate) fn every_taken_name_is_told(world: &World) -> Result<()> {
     Ok(())
 }
 
+/// What runs is given new credentials though its spec cannot be carried out: it would else end
+/// within a day.
+pub(crate) fn a_stall_keeps_no_mesh_from_its_tokens(world: &World) -> Result<()> {
+    let (namespace, name) = ("conflicts", "stalled");
+    world.apply_node(namespace, name, "{replicas: 1}")?;
+    world.settled(namespace, name)?;
+    let disown = r#"{"metadata":{"ownerReferences":null}}"#;
+    world.admin().run(&["patch", "-n", namespace, "configmap", "stalled-config", "--type=merge", "-p", disown])?;
+    world.condition(namespace, name, "Stalled", ("True", "NameConflict"))?;
+    world.admin().run(&["delete", "-n", namespace, "secret", "stalled-token"])?;
+    wait::until_true("the tokens to be back", LIMIT, || {
+        Ok(world.admin().get(namespace, "secret", "stalled-token")?.is_some())
+    })?;
+    world.condition(namespace, name, "Stalled", ("True", "NameConflict"))?;
+    Ok(())
+}
+
 /// Fields that are ours are put back; fields that are not are left.
 pub(crate) fn changed_child_is_put_back(world: &World) -> Result<()> {
     let (namespace, name) = ("changed", "drift");

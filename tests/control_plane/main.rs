@@ -44,6 +44,7 @@ const CASES: &[Case<World>] = &[
     ("pod_certificates_auto_follows_the_cluster", pod_certificates::auto_follows_the_cluster),
     ("missing_ca_is_never_replaced", faults::missing_ca_is_never_replaced),
     ("every_taken_name_is_told", faults::every_taken_name_is_told),
+    ("a_stall_keeps_no_mesh_from_its_tokens", faults::a_stall_keeps_no_mesh_from_its_tokens),
     ("shortage_quota_is_told_while_it_lasts", shortage::quota_is_told_while_it_lasts),
     ("shortage_refused_pods_are_told", shortage::refused_pods_are_told),
     ("leader_is_one_and_another_takes_over", leader::is_one_and_another_takes_over),

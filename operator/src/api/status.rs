@@ -25,7 +25,8 @@ pub struct OverlayNodeStatus {
     /// The hash of the configuration last written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub config_hash: Option<String>,
-    /// The hash of configuration and peers that every daemon was last seen to run.
+    /// The hash of configuration and peers that every daemon was seen to run; absent while a
+    /// change is on its way to them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub running_hash: Option<String>,
     /// Ready, Reconciling, Stalled, Degraded and TrustReady.

@@ -9,6 +9,6 @@ mod placement;
 pub mod workload;
 
 pub use config::{daemon_config, effective, min_peers, peers_config};
-pub use objects::{BuildError, Credentials, Inputs, LeafSecret, MAX_CONFIG, Objects, objects, pod_template};
+pub use objects::{BuildError, Credentials, Inputs, LeafSecret, MAX_CONFIG, Objects, objects, pod_template, secrets};
 pub use placement::*;
 pub use workload::{image, pull_policy, source_of};

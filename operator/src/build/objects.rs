@@ -124,16 +124,7 @@ pub fn objects(inputs: &Inputs<'_>) -> Result<Objects, BuildError> {
             ..Default::default()
         },
         tls: tls_secret(node, credentials),
-        token: secret(
-            node,
-            names::token_secret(node),
-            "Opaque",
-            [
-                (placement::TOKEN_KEYS, &credentials.token_keys),
-                (placement::PEER_TOKEN, &credentials.peer_token),
-                (placement::LOCAL_TOKEN, &credentials.local_token),
-            ],
-        ),
+        token: token_secret(node, credentials),
         config: config_map(inputs)?,
         peers: service(inputs, names::peers_service(node), true),
         client: service(inputs, names::name(node).to_owned(), false),
@@ -168,6 +159,21 @@ pub(super) fn metadata(node: &OverlayNode, name: String) -> ObjectMeta {
         owner_references: owner.map(|o| vec![o]),
         ..Default::default()
     }
+}
+
+/// The Secrets alone: NAME-tls, where there is one, and NAME-token.
+#[must_use]
+pub fn secrets(node: &OverlayNode, credentials: &Credentials) -> Vec<Secret> {
+    tls_secret(node, credentials).into_iter().chain([token_secret(node, credentials)]).collect()
+}
+
+fn token_secret(node: &OverlayNode, credentials: &Credentials) -> Secret {
+    let data = [
+        (placement::TOKEN_KEYS, &credentials.token_keys),
+        (placement::PEER_TOKEN, &credentials.peer_token),
+        (placement::LOCAL_TOKEN, &credentials.local_token),
+    ];
+    secret(node, names::token_secret(node), "Opaque", data)
 }
 
 fn tls_secret(node: &OverlayNode, credentials: &Credentials) -> Option<Secret> {

@@ -69,7 +69,7 @@ pub(super) fn stateful_set(inputs: &Inputs<'_>, restart_hash: &str) -> StatefulS
 
 /// The daemon's image: what the spec says of it, and for the rest what `default` does. A
 /// repository without tag or digest takes the default's tag, never its digest, which is of
-/// another repository.
+/// another repository; and this version's, where the default has a digest alone.
 #[must_use]
 pub fn image(node: &OverlayNode, default: &str) -> String {
     let (default, default_digest) = match default.split_once('@') {
@@ -83,7 +83,12 @@ pub fn image(node: &OverlayNode, default: &str) -> String {
     };
     let spec = node.spec.image.clone().unwrap_or_default();
     let repository = spec.repository.as_deref().unwrap_or(default_repository);
-    let tag = spec.tag.as_deref().or(if spec.digest.is_some() { None } else { default_tag });
+    let own = default_digest.is_some().then_some(env!("CARGO_PKG_VERSION"));
+    let tag = match (&spec.digest, &spec.repository) {
+        (Some(_), _) => spec.tag.as_deref(),
+        (None, None) => spec.tag.as_deref().or(default_tag),
+        (None, Some(_)) => spec.tag.as_deref().or(default_tag).or(own),
+    };
     let digest = match (&spec.digest, &spec.tag, &spec.repository) {
         (Some(digest), ..) => Some(digest.as_str()),
         (None, None, None) => default_digest,

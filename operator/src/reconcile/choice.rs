@@ -57,7 +57,8 @@ pub(super) async fn choose_source(
     }
 }
 
-fn source_of_set(set: &StatefulSet) -> TlsSource {
+/// Where the certificates of its pods come from.
+pub(super) fn source_of_set(set: &StatefulSet) -> TlsSource {
     set.spec.as_ref().map_or(TlsSource::SelfManaged, |spec| build::source_of(&spec.template))
 }
 

@@ -74,6 +74,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tower::timeout::TimeoutLayer;
 use tracing_subscriber::EnvFilter;
 
 use crate::api::{OverlayNode, PullPolicy};
@@ -93,6 +94,9 @@ const RESYNC_SPREAD: Duration = Duration::from_secs(60);
 const LONGEST_RETRY: Duration = Duration::from_secs(60);
 /// Between two looks at what daemons run, while not all run what they are to.
 const LONGEST_ROLLOUT_LOOK: Duration = Duration::from_secs(30);
+/// For the API server to answer one request. It takes milliseconds, and gives up on its own part
+/// after a minute (`--request-timeout`); a webhook may take ten seconds, unless told otherwise.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(30);
 /// OverlayNodes reconciled at once: enough to hide the API server's latency.
 const CONCURRENCY: u16 = 16;
 /// Events of one OverlayNode within this time are one reconciliation.
@@ -239,9 +243,17 @@ pub async fn run(args: Args) -> Result<(), RunError> {
 
 /// Two ways to the API server: for the lease itself, and for all else, behind the gate.
 async fn clients(gate: &Arc<Gate>) -> Result<(Client, Client), kube::Error> {
-    let config = Config::infer().await.map_err(kube::Error::InferConfig)?;
-    let gated = ClientBuilder::try_from(config.clone())?.with_layer(&lease::layer(gate)).build();
-    Ok((Client::try_from(config)?, gated))
+    let mut config = Config::infer().await.map_err(kube::Error::InferConfig)?;
+    // What is tried again asks the gate again: whoever asked does so, with pauses of its own.
+    config.default_retry = false;
+    Ok((Client::try_from(config.clone())?, gated(config, gate)?))
+}
+
+/// Where no answer comes the other end may be gone, and TCP would wait for a quarter of an hour, or
+/// for ever. Of a watch only the beginning is waited for: the controller sees to the rest.
+fn gated(config: Config, gate: &Arc<Gate>) -> Result<Client, kube::Error> {
+    let answered = TimeoutLayer::new(ANSWERED_WITHIN);
+    Ok(ClientBuilder::try_from(config)?.with_layer(&answered).with_layer(&lease::layer(gate)).build())
 }
 
 /// SIGTERM and Ctrl-C.
@@ -417,4 +429,27 @@ fn retry(node: Arc<OverlayNode>, error: &kube::Error, shared: Arc<Shared>) -> Ac
 fn spread(node: &OverlayNode) -> Duration {
     let uid = node.metadata.uid.as_deref().unwrap_or_default();
     RESYNC_SPREAD.mul_f64(f64::from(blake3::hash(uid.as_bytes()).as_bytes()[0]) / 256.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::Api;
+    use prometheus::IntCounter;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// An API server that takes a request and never answers holds nobody up for ever.
+    #[tokio::test(start_paused = true)]
+    async fn a_request_without_an_answer_ends() {
+        let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = silent.local_addr().unwrap();
+        let gate = Arc::new(Gate::new(Instant::now(), IntCounter::new("refused", "refused").unwrap()));
+        gate.open_for_ever();
+        let client = gated(Config::new(format!("http://{address}").parse().unwrap()), &gate).unwrap();
+        let (began, nodes) = (Instant::now(), Api::<OverlayNode>::all(client));
+        let asked = tokio::time::timeout(10 * ANSWERED_WITHIN, nodes.get("mesh")).await;
+        assert!(asked.expect("it ends").is_err());
+        assert_eq!(began.elapsed().as_secs(), ANSWERED_WITHIN.as_secs());
+    }
 }

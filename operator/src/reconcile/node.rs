@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::apply;
 use super::backoff::Backoff;
-use super::choice::{choose_source, dereference_set, names_pods, rolled_out};
+use super::choice::{choose_source, dereference_set, names_pods, rolled_out, source_of_set};
 use super::cluster::Capabilities;
 use super::credentials::{self, Current, Installation, Leaves, Standing, Subject, Tokens};
 use super::dereference::{self, Caches};
@@ -98,6 +98,9 @@ pub(super) async fn reconcile(context: &Context, node: &OverlayNode) -> Result<O
     let problem = carry_out(context, node, &mut progress).await.err();
     if let Some(problem) = &problem {
         tracing::warn!(namespace, name, reason = problem.reason.as_str(), "{}", problem.message);
+        if let Err(also) = renew(context, node, &mut progress).await {
+            tracing::warn!(namespace, name, "certificate and tokens are not renewed either: {}", also.message);
+        }
     }
     let look = look::explain(context, node, progress.pods, problem.is_some()).await;
     progress.cause = look.cause;
@@ -113,12 +116,10 @@ async fn carry_out(context: &Context, node: &OverlayNode, progress: &mut Progres
     let source = choose_source(context, node, set.as_deref()).await?;
     let valid = validate(context, node, source, set.as_deref())?;
     let now = SystemTime::now();
-    let (leaves, tokens) = credentials_for(context, &standing, &valid, rolled_out(source, set.as_deref()), now).await?;
-    let due = match &leaves {
-        Leaves::Shared(certificate) => certificate.renew_at.min(tokens.renew_at),
-        Leaves::PerPod { .. } => tokens.renew_at,
-    };
-    progress.renewal = Some(due.duration_since(now).unwrap_or_default());
+    let subject = Subject { id: &valid.identity, tenants: &valid.config.overlay.tenants };
+    let shape = Shape { uid: &valid.uid, source, rolled_out: rolled_out(source, set.as_deref()) };
+    let (leaves, tokens) = credentials_for(context, &standing, subject, shape, now).await?;
+    progress.renewal = Some(due(&leaves, &tokens, now));
     let credentials = credentials::credentials(&leaves, &tokens);
     let inputs = Inputs {
         node,
@@ -134,6 +135,35 @@ async fn carry_out(context: &Context, node: &OverlayNode, progress: &mut Progres
     let objects = build::objects(&inputs).map_err(|error| unbuildable(&error))?;
     let wanted = wanted(&objects)?;
     apply_all(context, node, &standing, &wanted, progress).await
+}
+
+/// The certificate and the tokens of what runs, though something keeps the spec from being carried
+/// out: a mesh goes on only for as long as it is given new ones. They are for the tenants that the
+/// daemons were told of, which the spec may have changed since.
+async fn renew(context: &Context, node: &OverlayNode, progress: &mut Progress) -> Result<(), Problem> {
+    let Some(set) = dereference_set(context, node).await? else { return Ok(()) };
+    let written = context.caches.config_map(names::namespace(node), &names::config_map(node));
+    let text = written.as_ref().and_then(|map| map.data.as_ref()?.get(names::CONFIG_FILE));
+    let Some(config) = text.and_then(|text| config::daemon(text).ok()) else { return Ok(()) };
+    let standing = dereference_secrets(context, node).await?;
+    let (uid, source, now) = (node.uid().unwrap_or_default(), source_of_set(&set), SystemTime::now());
+    let identity = names::identity(node, &context.trust_domain).map_err(|e| invalid(&e))?;
+    let subject = Subject { id: &identity, tenants: &config.overlay.tenants };
+    let shape = Shape { uid: &uid, source, rolled_out: rolled_out(source, Some(&*set)) };
+    let (leaves, tokens) = credentials_for(context, &standing, subject, shape, now).await?;
+    progress.renewal = Some(due(&leaves, &tokens, now));
+    let secrets = build::secrets(node, &credentials::credentials(&leaves, &tokens));
+    let wanted = secrets.iter().map(|secret| one(Kind::Secret, secret)).collect::<Result<Vec<_>, _>>()?;
+    apply_all(context, node, &standing, &wanted, progress).await
+}
+
+/// In how long the first of them is due.
+fn due(leaves: &Leaves, tokens: &Tokens, now: SystemTime) -> Duration {
+    let due = match leaves {
+        Leaves::Shared(certificate) => certificate.renew_at.min(tokens.renew_at),
+        Leaves::PerPod { .. } => tokens.renew_at,
+    };
+    due.duration_since(now).unwrap_or_default()
 }
 
 /// Sees to it that running daemons take up what was written, unless they are known to. Says in
@@ -173,11 +203,6 @@ fn validate(
 ) -> Result<Valid, Problem> {
     let identity = names::identity(node, &context.trust_domain).map_err(|e| invalid(&e))?;
     let config = build::daemon_config(node, &Placement::pod(node, source));
-    let text = config.to_toml().map_err(|e| invalid(&e))?;
-    if let Err(errors) = config::daemon(&text) {
-        let all: Vec<String> = errors.iter().map(ToString::to_string).collect();
-        return Err(invalid(&all.join("; ")));
-    }
     let standing = context.caches.config_map(names::namespace(node), &names::config_map(node));
     let per_pod = names_pods(source, set, standing.as_deref());
     let ordinals = 0..names::replicas(node);
@@ -188,7 +213,9 @@ fn validate(
     let identities: Vec<SpiffeId> = identities.collect::<Result<_, _>>().map_err(|e| invalid(&e))?;
     let identity_of = |ordinal: u32| identities.get(ordinal as usize).unwrap_or(&identity).clone();
     let address = |ordinal| names::pod_address(node, ordinal);
-    let peers = ordinals.map(|ordinal| build::peers_config(node, ordinal, &identity, identity_of, address)).collect();
+    let peers: Vec<PeersConfig> =
+        ordinals.map(|ordinal| build::peers_config(node, ordinal, &identity, identity_of, address)).collect();
+    check(&config, &peers)?;
     Ok(Valid {
         uid: node.uid().unwrap_or_default(),
         identity,
@@ -199,20 +226,28 @@ fn validate(
     })
 }
 
+/// How an OverlayNode's pods come by their certificates.
+#[derive(Clone, Copy)]
+struct Shape<'a> {
+    uid: &'a str,
+    source: TlsSource,
+    /// Whether every pod has one of its own by now.
+    rolled_out: bool,
+}
+
 /// What stands, as far as it is good; for the rest, issued with keys just read.
 async fn credentials_for(
     context: &Context,
     standing: &Standing,
-    valid: &Valid,
-    rolled_out: bool,
+    subject: Subject<'_>,
+    shape: Shape<'_>,
     now: SystemTime,
 ) -> Result<(Leaves, Tokens), Problem> {
-    let subject = Subject { id: &valid.identity, tenants: &valid.config.overlay.tenants };
     let per_pod = |keys: &Installation| {
-        let leftover = rolled_out && credentials::holds_key(standing, &valid.uid);
+        let leftover = shape.rolled_out && credentials::holds_key(standing, shape.uid);
         Leaves::PerPod { ca: keys.ca.cert_pem().into(), leftover }
     };
-    let shared = valid.source == TlsSource::SelfManaged;
+    let shared = shape.source == TlsSource::SelfManaged;
     let keys = context.installation.load(&context.caches, TO_COMPARE).await?;
     match credentials::current(standing, &keys, subject, now) {
         Current { tokens: Some(tokens), .. } if !shared => return Ok((per_pod(&keys), tokens)),
@@ -260,12 +295,13 @@ fn built(node: &OverlayNode, valid: &Valid, leaves: &Leaves) -> Result<Built, Pr
     })
 }
 
+fn one<K: Serialize + ResourceExt>(kind: Kind, object: &K) -> Result<Wanted, Problem> {
+    let value = serde_json::to_value(object).map_err(|e| invalid(&e))?;
+    Ok(Wanted::new(kind, object.name_any(), value))
+}
+
 /// The objects in the order of their application.
 fn wanted(objects: &Objects) -> Result<Vec<Wanted>, Problem> {
-    fn one<K: Serialize + ResourceExt>(kind: Kind, object: &K) -> Result<Wanted, Problem> {
-        let value = serde_json::to_value(object).map_err(|e| invalid(&e))?;
-        Ok(Wanted::new(kind, object.name_any(), value))
-    }
     let tls = objects.tls.as_ref().map(|tls| one(Kind::Secret, tls));
     let rest = [
         one(Kind::Secret, &objects.token),
@@ -375,6 +411,19 @@ async fn report(
     apply::status(&context.client, &context.metrics, node, &status).await
 }
 
+/// Whether a daemon takes both files, as it will read them.
+fn check(config: &DaemonConfig, peers: &[PeersConfig]) -> Result<(), Problem> {
+    let all = |errors: Vec<config::ConfigError>| {
+        invalid(&errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))
+    };
+    config::daemon(&config.to_toml().map_err(|e| invalid(&e))?).map_err(all)?;
+    // One peers file stands for all: they differ in who is left out.
+    if let Some(first) = peers.first() {
+        config::peers_beside(&first.to_toml().map_err(|e| invalid(&e))?, Some(config)).map_err(all)?;
+    }
+    Ok(())
+}
+
 fn invalid(error: &dyn std::fmt::Display) -> Problem {
     Problem { reason: Reason::InvalidSpec, message: error.to_string() }
 }
@@ -424,5 +473,39 @@ pub(super) fn explain(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) if !status.message.is_empty() => status.message.clone(),
         other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// The schema lets some addresses pass that no daemon takes: told here, and not by pods that
+    /// do not start any more.
+    #[test]
+    fn what_a_daemon_would_refuse_is_not_written() {
+        let identity: SpiffeId = "spiffe://overlay.local/ns/a/overlaynode/mesh".parse().unwrap();
+        for (address, want) in [("[::1]:9500", Ok(())), ("[::1::2]:9500", Err("address"))] {
+            let node: OverlayNode = serde_json::from_value(json!({
+                "apiVersion": "overlay.rustyonions.io/v1alpha1",
+                "kind": "OverlayNode",
+                "metadata": { "name": "mesh", "namespace": "a" },
+                "spec": { "replicas": 2, "peers": { "static": [{ "name": "far", "address": address }] } },
+            }))
+            .unwrap();
+            let config = build::daemon_config(&node, &Placement::pod(&node, TlsSource::SelfManaged));
+            let address_of = |ordinal| names::pod_address(&node, ordinal);
+            let peers = build::peers_config(&node, 0, &identity, |_| identity.clone(), address_of);
+            match (check(&config, &[peers]), want) {
+                (Ok(()), Ok(())) => {}
+                (Err(problem), Err(named)) => {
+                    assert_eq!(problem.reason, Reason::InvalidSpec);
+                    assert!(problem.message.contains(named), "{}", problem.message);
+                }
+                (got, want) => panic!("{address}: {got:?}, not {want:?}"),
+            }
+        }
     }
 }

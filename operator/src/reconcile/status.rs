@@ -242,9 +242,8 @@ pub(super) fn status(facts: &Facts<'_>) -> OverlayNodeStatus {
         // What is not applied is not what runs: hash and certificate stay what they were.
         if facts.problem.is_none() {
             status.config_hash = Some(built.config_hash.clone());
-            if !is_pending(facts) {
-                status.running_hash = Some(built.running_hash.clone());
-            }
+            // Not what it was: some may have taken up the new one, and going back is a change too.
+            status.running_hash = (!is_pending(facts)).then(|| built.running_hash.clone());
             status.tls = Some(built.tls.clone());
         }
     }

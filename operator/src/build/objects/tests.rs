@@ -268,12 +268,16 @@ fn images() {
     let digest = format!("sha256:{}", "a".repeat(64));
     let some = |s: &str| Some(s.to_owned());
     let pinned = format!("r.example:5000/x:1@{digest}");
+    let by_digest = format!("r.example:5000/x@{digest}"); // as the chart has it
     for (default, repository, tag, with_digest, want) in [
         ("overlay-daemon:1", None, None, false, "overlay-daemon:1".to_owned()),
         ("r.example:5000/x", None, None, false, "r.example:5000/x".to_owned()),
         (&pinned, None, None, false, pinned.clone()),
         (&pinned, None, Some("2"), false, "r.example:5000/x:2".to_owned()),
         (&pinned, Some("mine/y"), None, false, "mine/y:1".to_owned()),
+        (&by_digest, None, None, false, by_digest.clone()),
+        (&by_digest, None, Some("2"), false, "r.example:5000/x:2".to_owned()),
+        (&by_digest, Some("mine/y"), None, false, format!("mine/y:{}", env!("CARGO_PKG_VERSION"))),
         ("x:1", Some("mine/y"), Some("2"), false, "mine/y:2".to_owned()),
         ("x:1", None, None, true, format!("x@{digest}")),
         ("x:1", Some("mine/y"), Some("2"), true, format!("mine/y:2@{digest}")),

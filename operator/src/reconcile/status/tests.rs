@@ -218,7 +218,7 @@ fn a_change_is_pending_until_every_daemon_runs_it() {
             (if pending { "FTFFT" } else { "TFFFT" }, want)
         );
         assert_eq!(now.config_hash.as_deref(), Some("h2"));
-        assert_eq!(now.running_hash.as_deref(), Some(if pending { "h1-and-peers" } else { "h2-and-peers" }));
+        assert_eq!(now.running_hash.as_deref(), (!pending).then_some("h2-and-peers"));
         let message = find(Some(&now), "Ready").unwrap().message.clone();
         assert_eq!(message.contains("mesh-1"), want == "DaemonUnreachable", "{message}");
     }

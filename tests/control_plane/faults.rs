@@ -64,8 +64,13 @@ pub(crate) fn a_stall_keeps_no_mesh_from_its_tokens(world: &World) -> Result<()>
     let (namespace, name) = ("conflicts", "stalled");
     world.apply_node(namespace, name, "{replicas: 1}")?;
     world.settled(namespace, name)?;
-    let disown = r#"{"metadata":{"ownerReferences":null}}"#;
-    world.admin().run(&["patch", "-n", namespace, "configmap", "stalled-config", "--type=merge", "-p", disown])?;
+    world.admin().run(&["create", "configmap", "-n", namespace, "somebody"])?;
+    let uid = world.admin().must_get(namespace, "configmap", "somebody")?["metadata"]["uid"].clone();
+    let owner =
+        json!([{ "apiVersion": "v1", "kind": "ConfigMap", "name": "somebody", "uid": uid, "controller": true }]);
+    let taken = json!({ "metadata": { "ownerReferences": owner } }).to_string();
+    world.admin().run(&["patch", "-n", namespace, "configmap", "stalled-config", "--type=merge", "-p", &taken])?;
+    world.apply_node(namespace, name, "{replicas: 2}")?;
     world.condition(namespace, name, "Stalled", ("True", "NameConflict"))?;
     world.admin().run(&["delete", "-n", namespace, "secret", "stalled-token"])?;
     wait::until_true("the tokens to be back", LIMIT, || {

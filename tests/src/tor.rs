@@ -24,6 +24,9 @@ use crate::wait::{self, Look};
 
 /// For a process to know the network, and for a service to be found in it.
 pub const LIMIT: Duration = Duration::from_secs(300);
+/// A port that was free when it was looked for may be any connection's when tor asks for it: so
+/// often others are looked for.
+const TRIES: usize = 3;
 /// The port of every onion service.
 pub const ONION_PORT: u16 = 9500;
 
@@ -65,6 +68,16 @@ impl Network {
     /// # Errors
     /// A process does not start or does not come to know the network, with its log.
     pub fn start(forwards: &[SocketAddr]) -> Result<Self> {
+        for _ in 1..TRIES {
+            match Self::start_once(forwards) {
+                Err(error) if format!("{error:#}").contains("Address already in use") => {}
+                result => return result,
+            }
+        }
+        Self::start_once(forwards)
+    }
+
+    fn start_once(forwards: &[SocketAddr]) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("overlay-tor-").tempdir()?;
         let root = folder.path();
         let authorities = (0..AUTHORITIES).map(|n| Authority::make(root, n)).collect::<Result<Vec<_>>>()?;

@@ -69,10 +69,13 @@ fn a_report_shows_what_each_session_is_and_holds(profile: Profile) -> Result<()>
     let mut publisher = Wire::local(&daemon.socket())?;
     ensure!(publisher.start(3, &Open::Publish { topic: "t".parse()? }, daemon.local_token()?)? == 200);
     let waiting = wait::until("something to wait for the reader", LIMIT, || {
-        let message = Publish::Message(Bytes::from(vec![7; MESSAGE])).encode();
-        publisher.send(&request(3, Flags::default(), message))?;
-        let code = publisher.receive()?.context("the publisher was dropped")?.code;
-        ensure!([200, 429, 503].contains(&code), "a message got {code}");
+        // Sockets hold some megabytes, and a look takes a process.
+        for _ in 0..32 {
+            let message = Publish::Message(Bytes::from(vec![7; MESSAGE])).encode();
+            publisher.send(&request(3, Flags::default(), message))?;
+            let code = publisher.receive()?.context("the publisher was dropped")?.code;
+            ensure!([200, 429, 503].contains(&code), "a message got {code}");
+        }
         let report = report(&daemon)?;
         let (session, messages) = (session(&report, "identity", CLIENT)?, &report["messages"]);
         let held = number(&messages["held"])? > 0 && number(&messages["bytes"])? > MESSAGE as u64;

@@ -84,11 +84,12 @@ pub fn image(node: &OverlayNode, default: &str) -> String {
     let spec = node.spec.image.clone().unwrap_or_default();
     let repository = spec.repository.as_deref().unwrap_or(default_repository);
     let own = default_digest.is_some().then_some(env!("CARGO_PKG_VERSION"));
-    let tag = match (&spec.digest, &spec.repository) {
-        (Some(_), _) => spec.tag.as_deref(),
-        (None, None) => spec.tag.as_deref().or(default_tag),
-        (None, Some(_)) => spec.tag.as_deref().or(default_tag).or(own),
+    let inherited = match (&spec.digest, &spec.repository) {
+        (Some(_), _) => None,
+        (None, None) => default_tag,
+        (None, Some(_)) => default_tag.or(own),
     };
+    let tag = spec.tag.as_deref().or(inherited);
     let digest = match (&spec.digest, &spec.tag, &spec.repository) {
         (Some(digest), ..) => Some(digest.as_str()),
         (None, None, None) => default_digest,

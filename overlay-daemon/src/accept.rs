@@ -130,45 +130,37 @@ async fn serve(
     hold(shaken, address, bundle, &context).await;
 }
 
-/// Accepts QUIC sessions until told to stop, as [`tls`] does; also ends where the socket has
-/// failed for good.
-pub async fn quic(mut listener: QuicListener, keys: Arc<Keys>, context: Context, stop: Stop) {
-    let mut sessions = JoinSet::new();
+/// Accepts QUIC sessions, as [`tls`] does, until told to stop; from then on who calls is told so
+/// at once (`CONNECTION_REFUSED`, RFC 9000, section 20.1), as a closed port does it for TCP, to the
+/// daemon's end. Also ends where the socket has failed for good.
+pub async fn quic(mut listener: QuicListener, keys: Arc<Keys>, context: Context, stop: Stop, sessions_on: Handle) {
+    let (mut handshakes, mut sessions) = (JoinSet::new(), JoinSet::new());
     loop {
         tokio::select! {
-            () = stop.accepting.cancelled() => break,
+            () = stop.all.cancelled() => break,
             Some(ended) = sessions.join_next() => count_panic(&context.metrics, &ended),
+            Some(shaken) = handshakes.join_next() => match shaken {
+                Ok((shaken, address, bundle)) => {
+                    let context = context.clone();
+                    sessions.spawn_on(async move { hold(shaken, address, bundle, &context).await }, &sessions_on);
+                }
+                Err(_) => count_panic(&context.metrics, &shaken),
+            },
             accepted = listener.accept() => match accepted {
-                Some(accepted) => { sessions.spawn(serve_quic(accepted, Arc::clone(&keys), context.clone())); }
+                Some(accepted) if stop.accepting.is_cancelled() => accepted.refuse(),
+                Some(accepted) => { handshakes.spawn(shake_quic(accepted, keys.current())); }
                 None => return,
             },
         }
     }
-    drain_quic(&mut listener, sessions, &stop.all).await;
+    handshakes.shutdown().await;
+    sessions.shutdown().await;
     listener.finish().await;
 }
 
-/// Waits for all sessions and for the daemon's end, though none be left: who calls meanwhile is
-/// told at once, rather than left to wait.
-async fn drain_quic(listener: &mut QuicListener, sessions: JoinSet<()>, all: &CancellationToken) {
-    let finished = async {
-        finish(sessions, all).await;
-        all.cancelled().await;
-    };
-    tokio::select! {
-        () = listener.refuse() => {}
-        () = finished => {}
-    }
-}
-
-async fn serve_quic(accepted: QuicAccepted, keys: Arc<Keys>, context: Context) {
+async fn shake_quic(accepted: QuicAccepted, current: Arc<KeySet>) -> Shaken {
     let address = accepted.address();
-    let (shaken, address, bundle) = {
-        let current = keys.current();
-        // In a box: the session would else keep room for its handshake.
-        (Box::pin(accepted.handshake(&current)).await, address, current.bundle())
-    };
-    hold(shaken, address, bundle, &context).await;
+    (accepted.handshake(&current).await, address, current.bundle())
 }
 
 async fn hold(
@@ -240,6 +232,7 @@ async fn finish(mut sessions: JoinSet<()>, all: &CancellationToken) {
 #[cfg(test)]
 mod tests {
     use overlay_core::config::KeyExchange;
+    use tokio::sync::mpsc;
 
     use super::*;
     use crate::clock::Clock;
@@ -251,18 +244,23 @@ mod tests {
     /// is left, as a closed port tells over TCP.
     #[tokio::test]
     async fn who_calls_a_daemon_that_drains_is_refused() {
-        let (clock, keys) = (Clock::start(), keys(&Authority::new(), KeyExchange::RequireHybrid));
+        let (clock, keys) = (Clock::start(), Arc::new(keys(&Authority::new(), KeyExchange::RequireHybrid)));
         let current = keys.current();
         let any = "127.0.0.1:0".parse().unwrap();
-        let mut listener = QuicListener::bind(any, current.quic().unwrap(), CONFIG, clock).unwrap();
+        let listener = QuicListener::bind(any, current.quic().unwrap(), CONFIG, clock).unwrap();
         let (address, endpoints) = (listener.local_addr().unwrap().to_string(), Endpoints::default());
-        let all = CancellationToken::new();
+        let (hub, sent) = (mpsc::channel(1).0, mpsc::channel(1).0);
+        let metrics = Arc::new(Metrics::new(true, "").unwrap());
+        let context = Context::new(hub, sent, keys.verifier(), CONFIG.into(), clock, metrics);
+        let stop = Stop { accepting: CancellationToken::new(), all: CancellationToken::new() };
+        stop.accepting.cancel();
         let calls = async {
             let refused = dial_quic(&address, &current, &CONFIG, clock, &endpoints).await.unwrap_err();
-            all.cancel();
+            stop.all.cancel();
             refused.to_string()
         };
-        let ((), refused) = tokio::join!(drain_quic(&mut listener, JoinSet::new(), &all), calls);
+        let accepts = quic(listener, Arc::clone(&keys), context, stop.clone(), Handle::current());
+        let ((), refused) = tokio::join!(accepts, calls);
         assert!(refused.contains("refused"), "{refused}");
     }
 }

@@ -9,8 +9,9 @@ use overlay_daemon::check;
 use overlay_daemon::client;
 use overlay_daemon::clock::Clock;
 use overlay_daemon::inspect::{InspectArgs, inspect};
-use overlay_daemon::run::{RunArgs, Start, run};
+use overlay_daemon::run::{RunArgs, Start, Strangers, run};
 use overlay_daemon::runtime;
+use tokio::runtime::Runtime;
 
 /// Post-quantum sessions and bounded gossip: a node of the overlay, and its command-line client.
 #[derive(Debug, Parser)]
@@ -68,14 +69,15 @@ fn daemon(args: &RunArgs) -> ExitCode {
         Ok(start) => start,
         Err(error) => return fail(&format!("{error:#}")),
     };
-    let (sessions, handshakes) = match runtime::sessions().and_then(|sessions| Ok((sessions, runtime::handshakes()?))) {
-        Ok(both) => both,
+    let runtimes = runtime::sessions().and_then(|sessions| Ok((sessions, runtime::handshakes()?, runtime::quic()?)));
+    let (sessions, handshakes, quic) = match runtimes {
+        Ok(runtimes) => runtimes,
         Err(error) => return fail(&format!("cannot start: {error}")),
     };
-    let ended = sessions.block_on(run(start, handshakes.handle().clone()));
+    let strangers = Strangers { handshakes: handshakes.handle().clone(), quic: quic.handle().clone() };
+    let ended = sessions.block_on(run(start, &strangers));
     // All that had to end has; a name that is still being looked up has no one waiting for it.
-    sessions.shutdown_background();
-    handshakes.shutdown_background();
+    [sessions, handshakes, quic].into_iter().for_each(Runtime::shutdown_background);
     match ended {
         Ok(code) => code,
         Err(error) => fail(&format!("{error:#}")),

@@ -83,14 +83,23 @@ impl Start {
     }
 }
 
-/// Runs a daemon until SIGTERM or SIGINT, and drains it. `handshakes` is the runtime of whoever
-/// has not shown who they are; the caller's is everybody else's.
+/// Where what strangers ask for runs, those who have not shown who they are ([`crate::runtime`]).
+#[derive(Debug)]
+pub struct Strangers {
+    /// Accept loops and TLS handshakes.
+    pub handshakes: Handle,
+    /// QUIC.
+    pub quic: Handle,
+}
+
+/// Runs a daemon until SIGTERM or SIGINT, and drains it. All but what `strangers` is for runs on
+/// the caller's runtime.
 ///
 /// # Errors
 /// It could not start, with every reason.
-pub async fn run(start: Start, handshakes: Handle) -> anyhow::Result<ExitCode> {
+pub async fn run(start: Start, strangers: &Strangers) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new()?;
-    let daemon = begin(start, &handshakes).await?;
+    let daemon = begin(start, strangers).await?;
     Ok(daemon.run_until(&mut signals).await)
 }
 
@@ -130,7 +139,7 @@ struct Daemon {
     endpoints: Arc<Endpoints>,
 }
 
-async fn begin(start: Start, handshakes: &Handle) -> anyhow::Result<Daemon> {
+async fn begin(start: Start, strangers: &Strangers) -> anyhow::Result<Daemon> {
     let Start { files, config, peers, confinement } = start;
     let clock = Clock::start();
     let running = Running::of(&config, &peers).context("the configuration cannot be written down")?;
@@ -158,7 +167,10 @@ async fn begin(start: Start, handshakes: &Handle) -> anyhow::Result<Daemon> {
             Some(listener.with_context(|| format!("tor.listen: cannot listen on {at}"))?)
         }
     };
-    let quic = config.overlay.listen_quic.map(|at| listen_quic(at, &keys, &timing_now, clock)).transpose()?;
+    let quic = {
+        let _its_threads = strangers.quic.enter();
+        config.overlay.listen_quic.map(|at| listen_quic(at, &keys, &timing_now, clock)).transpose()?
+    };
     let unix = &config.unix;
     let local = LocalListener::bind(&unix.socket, &unix.allow_uids, timing_now.clone(), descriptors.clone(), clock)
         .context("unix.socket")?;
@@ -251,13 +263,14 @@ async fn begin(start: Start, handshakes: &Handle) -> anyhow::Result<Daemon> {
     helping.spawn(async move { watched.watch(reload_metrics, clock, is_asked, reload_stop).await });
     let mut accepting = JoinSet::new();
     if let Some(quic) = quic {
-        accepting.spawn(accept::quic(quic, Arc::clone(&keys), context.clone(), stop.clone()));
+        let accept = accept::quic(quic, Arc::clone(&keys), context.clone(), stop.clone(), Handle::current());
+        accepting.spawn_on(accept, &strangers.quic);
     }
     let endpoints = Arc::clone(&context.endpoints);
     for listener in [Some(listener), onion].into_iter().flatten() {
         let (keys, health, stop) = (Arc::clone(&keys), health.clone(), stop.clone());
         let accept = accept::tls(listener, keys, context.clone(), health, stop, Handle::current());
-        accepting.spawn_on(accept, handshakes);
+        accepting.spawn_on(accept, &strangers.handshakes);
     }
     accepting.spawn(accept::local(local, context, health, stop.clone()));
 

@@ -1,6 +1,9 @@
-//! The threads that everything runs on: those of sessions, and those of handshakes, which yield
-//! to them. A handshake costs what hundreds of messages do, and anybody may ask for one: on
-//! common threads, a thousand that came at once stood before the hub in their queues.
+//! The threads that everything runs on: those of sessions; those of handshakes, which yield to
+//! them; and those of QUIC. A handshake costs what hundreds of messages do, and anybody may ask for
+//! one: on common threads, a thousand that came at once stood before the hub in their queues.
+//!
+//! QUIC's handshakes are not apart from its packets, for one lock is held for both: on threads that
+//! yield, a caller would have its endpoint wait for a processor, and every session over it with it.
 
 use std::io;
 use std::num::NonZero;
@@ -26,10 +29,24 @@ pub fn sessions() -> io::Result<Runtime> {
 /// # Errors
 /// The system gives no threads.
 pub fn handshakes() -> io::Result<Runtime> {
-    let threads = available_parallelism().map_or(1, NonZero::get).div_ceil(2);
     let yielding = || {
         // Where the system refuses, handshakes are only as urgent as the rest.
         let _refused = nice(YIELDING);
     };
-    Builder::new_multi_thread().worker_threads(threads).on_thread_start(yielding).enable_all().build()
+    half().on_thread_start(yielding).build()
+}
+
+/// For QUIC until its streams' bytes: handshakes and packets. Threads for half of the processors.
+///
+/// # Errors
+/// The system gives no threads.
+pub fn quic() -> io::Result<Runtime> {
+    half().build()
+}
+
+fn half() -> Builder {
+    let threads = available_parallelism().map_or(1, NonZero::get).div_ceil(2);
+    let mut builder = Builder::new_multi_thread();
+    builder.worker_threads(threads).enable_all();
+    builder
 }

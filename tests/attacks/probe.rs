@@ -27,6 +27,8 @@ const PACE: Duration = Duration::from_millis(10);
 const SIZE: usize = 256;
 /// Messages of the quiet phase.
 const QUIET: usize = 200;
+/// Messages beside an attack of which a p99 says something.
+const ENOUGH: usize = 100;
 /// How many times its quiet p99 the probe's p99 may be beside an attack (**H**).
 const MOST: f64 = 2.0;
 /// How often a row is run before the probe is late because of the daemon.
@@ -152,6 +154,12 @@ impl Probe {
         })?;
         yield_to_others()?;
         Ok(Self { ledger, stop, thread, quiet: Latencies::of(quiet)? })
+    }
+
+    /// Whether an attack that is over at once goes on: fewer messages came beside it than a p99
+    /// takes.
+    pub(crate) fn needs_more(&self) -> bool {
+        lock(&self.ledger).latencies.len() < ENOUGH
     }
 
     /// **H**: ends it; every message that it published has come, once, and the p99 of how long

@@ -94,12 +94,14 @@ fn k6_expensive_capabilities_are_refused_cheaply() -> Result<()> {
     ];
     let first = cost(&target, count, 200, &honest)?;
     println!("k6: an honest token that is new, with its END: {:.3} ms of processor time", first * 1e3);
-    for (what, mint) in &attacks {
-        let size = mint(0)?.len();
-        ensure!(what.contains("within") || what.contains("signature") || size > MAX_CAP, "{what}: {size} bytes");
-        let each = cost(&target, count, 401, mint).with_context(|| (*what).to_owned())?;
-        println!("k6: {what} ({size} bytes): {:.3} ms, {:.2} times", each * 1e3, each / first);
-        ensure!(each <= 5.0 * first, "{what} costs {:.1} honest tokens", each / first);
+    while probe.needs_more() {
+        for (what, mint) in &attacks {
+            let size = mint(0)?.len();
+            ensure!(what.contains("within") || what.contains("signature") || size > MAX_CAP, "{what}: {size} bytes");
+            let each = cost(&target, count, 401, mint).with_context(|| (*what).to_owned())?;
+            println!("k6: {what} ({size} bytes): {:.3} ms, {:.2} times", each * 1e3, each / first);
+            ensure!(each <= 5.0 * first, "{what} costs {:.1} honest tokens", each / first);
+        }
     }
     probe.finish("k6")?;
     target.assert_alive()

@@ -104,14 +104,6 @@ impl QuicListener {
         }
     }
 
-    /// Takes no more callers, and tells each so (`CONNECTION_REFUSED`, RFC 9000, section 20.1), as
-    /// a port that is closed does for TCP. Ends only where the socket has failed for good.
-    pub async fn refuse(&mut self) {
-        while let Some(incoming) = self.endpoint.accept().await {
-            incoming.refuse();
-        }
-    }
-
     /// Waits until who was connected has been told that it is over, or could have been.
     pub async fn finish(self) {
         self.endpoint.set_server_config(None);
@@ -134,6 +126,11 @@ impl QuicAccepted {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Tells it to call no more: one datagram, less than its own.
+    pub fn refuse(self) {
+        self.incoming.refuse();
     }
 
     /// TLS, and the session's stream, within the deadline that began with the first datagram.

@@ -3,7 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::thread;
 
+use anyhow::anyhow;
 use clap::{Parser, Subcommand};
 use overlay_daemon::check;
 use overlay_daemon::client;
@@ -75,7 +77,12 @@ fn daemon(args: &RunArgs) -> ExitCode {
         Err(error) => return fail(&format!("cannot start: {error}")),
     };
     let strangers = Strangers { handshakes: handshakes.handle().clone(), quic: quic.handle().clone() };
-    let ended = sessions.block_on(run(start, &strangers));
+    // This thread waits in pthread_join(3), and so takes signals under the ThreadSanitizer too, which
+    // puts them off until a thread calls what it knows; a futex(2), where it would wait, is not.
+    let ended = thread::scope(|scope| {
+        let running = thread::Builder::new().spawn_scoped(scope, || sessions.block_on(run(start, &strangers)))?;
+        running.join().map_err(|_| anyhow!("a panic"))?
+    });
     // All that had to end has; a name that is still being looked up has no one waiting for it.
     [sessions, handshakes, quic].into_iter().for_each(Runtime::shutdown_background);
     match ended {

@@ -1,6 +1,7 @@
 //! Accept loops: TCP with TLS, QUIC, and the Unix socket. Each owns the tasks of the connections it
 //! accepted. Who may stay is decided by the handshake and the hub.
 
+use std::future::pending;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -58,9 +59,54 @@ impl Health {
     }
 }
 
-/// Accepts TLS sessions until told to stop; then waits for those that run. It and the handshakes
-/// run where it is spawned, and sessions on `sessions_on`: what costs the daemon something before
-/// anybody has shown who they are is not in the way of those who have (H).
+/// What came of a handshake, with whom, by which authorities. Not the keys themselves: they would
+/// stay for as long as the session does, replaced or not.
+type Shaken = (Result<Connection, HandshakeError>, SocketAddr, blake3::Hash);
+
+/// What an accept loop has begun: handshakes, which run where it does, and sessions. What costs
+/// the daemon something before anybody has shown who they are is not in the way of those who
+/// have (H).
+struct Callers {
+    handshakes: JoinSet<Shaken>,
+    sessions: JoinSet<()>,
+    sessions_on: Handle,
+    context: Context,
+}
+
+impl Callers {
+    fn new(context: Context, sessions_on: Handle) -> Self {
+        Self { handshakes: JoinSet::new(), sessions: JoinSet::new(), sessions_on, context }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.handshakes.is_empty() && self.sessions.is_empty()
+    }
+
+    /// Makes a session of a handshake that has ended, or sees a session off; waits for one of the
+    /// two. Cancellation loses none.
+    async fn next(&mut self) {
+        let Self { handshakes, sessions, sessions_on, context } = self;
+        tokio::select! {
+            Some(ended) = sessions.join_next() => count_panic(&context.metrics, &ended),
+            Some(shaken) = handshakes.join_next() => match shaken {
+                Ok((Ok(connection), address, bundle)) => {
+                    sessions.spawn_on(hold(connection, address, bundle, context.clone()), sessions_on);
+                }
+                Ok((Err(error), address, _)) => refused(&error, address, &context.metrics),
+                Err(_) => count_panic(&context.metrics, &shaken),
+            },
+            else => pending().await,
+        }
+    }
+
+    async fn shutdown(mut self) {
+        self.handshakes.shutdown().await;
+        self.sessions.shutdown().await;
+    }
+}
+
+/// Accepts TLS sessions until told to stop; then waits for those that run. Sessions run on
+/// `sessions_on`, the rest where it is spawned.
 pub async fn tls(
     listener: Listener,
     keys: Arc<Keys>,
@@ -70,91 +116,60 @@ pub async fn tls(
     sessions_on: Handle,
 ) {
     let mut listener = Some(listener);
-    let (mut handshakes, mut sessions) = (JoinSet::new(), JoinSet::new());
-    while listener.is_some() || !handshakes.is_empty() || !sessions.is_empty() {
+    let mut callers = Callers::new(context, sessions_on);
+    while listener.is_some() || !callers.is_empty() {
         tokio::select! {
-            () = stop.all.cancelled() => {
-                handshakes.shutdown().await;
-                sessions.shutdown().await;
-                return;
-            }
+            () = stop.all.cancelled() => break,
             () = stop.accepting.cancelled(), if listener.is_some() => drop(listener.take()),
-            Some(ended) = sessions.join_next() => count_panic(&context.metrics, &ended),
-            Some(shaken) = handshakes.join_next() => match shaken {
-                Ok((shaken, address, bundle)) => {
-                    sessions.spawn_on(serve(shaken, address, bundle, context.clone()), &sessions_on);
-                }
-                Err(_) => count_panic(&context.metrics, &shaken),
-            },
+            () = callers.next() => {}
             accepted = next(&mut listener) => match accepted {
-                Ok(accepted) => { handshakes.spawn(shake(accepted, keys.current())); }
+                Ok(accepted) => { callers.handshakes.spawn(shake(accepted, keys.current())); }
                 Err(error) => {
                     tracing::debug!(%error, "accepting failed");
+                    let Context { metrics, clock, .. } = &callers.context;
                     match &error {
-                        AcceptError::Crowded => context.metrics.rejected(Reason::Overflow).inc(),
-                        AcceptError::Failed(_) => context.metrics.accept_error(),
+                        AcceptError::Crowded => metrics.rejected(Reason::Overflow).inc(),
+                        AcceptError::Failed(_) => metrics.accept_error(),
                     }
                     if error.is_failure() {
-                        health.failed(context.clock.now());
+                        health.failed(clock.now());
                     }
                 }
             },
         }
     }
+    callers.shutdown().await;
 }
 
 async fn next(listener: &mut Option<Listener>) -> Result<Accepted, AcceptError> {
     match listener {
         Some(listener) => listener.accept().await,
-        None => std::future::pending().await,
+        None => pending().await,
     }
 }
-
-/// What came of a handshake, with whom, by which authorities. Not the keys themselves: they would
-/// stay for as long as the session does, replaced or not.
-type Shaken = (Result<Connection, HandshakeError>, SocketAddr, blake3::Hash);
 
 async fn shake(accepted: Accepted, current: Arc<KeySet>) -> Shaken {
     let address = accepted.address();
     (accepted.handshake(&current).await, address, current.bundle())
 }
 
-async fn serve(
-    shaken: Result<Connection, HandshakeError>,
-    address: SocketAddr,
-    bundle: blake3::Hash,
-    context: Context,
-) {
-    // Its socket is from now on looked after where the session runs.
-    let shaken = shaken.and_then(|mut connection| connection.stream.settle().map(|()| connection).map_err(Into::into));
-    hold(shaken, address, bundle, &context).await;
-}
-
 /// Accepts QUIC sessions, as [`tls`] does, until told to stop; from then on who calls is told so
-/// at once (`CONNECTION_REFUSED`, RFC 9000, section 20.1), as a closed port does it for TCP, to the
+/// (`CONNECTION_REFUSED`, RFC 9000, section 20.1), as a closed port does it for TCP, to the
 /// daemon's end. Also ends where the socket has failed for good.
 pub async fn quic(mut listener: QuicListener, keys: Arc<Keys>, context: Context, stop: Stop, sessions_on: Handle) {
-    let (mut handshakes, mut sessions) = (JoinSet::new(), JoinSet::new());
+    let mut callers = Callers::new(context, sessions_on);
     loop {
         tokio::select! {
             () = stop.all.cancelled() => break,
-            Some(ended) = sessions.join_next() => count_panic(&context.metrics, &ended),
-            Some(shaken) = handshakes.join_next() => match shaken {
-                Ok((shaken, address, bundle)) => {
-                    let context = context.clone();
-                    sessions.spawn_on(async move { hold(shaken, address, bundle, &context).await }, &sessions_on);
-                }
-                Err(_) => count_panic(&context.metrics, &shaken),
-            },
+            () = callers.next() => {}
             accepted = listener.accept() => match accepted {
                 Some(accepted) if stop.accepting.is_cancelled() => accepted.refuse(),
-                Some(accepted) => { handshakes.spawn(shake_quic(accepted, keys.current())); }
+                Some(accepted) => { callers.handshakes.spawn(shake_quic(accepted, keys.current())); }
                 None => return,
             },
         }
     }
-    handshakes.shutdown().await;
-    sessions.shutdown().await;
+    callers.shutdown().await;
     listener.finish().await;
 }
 
@@ -163,24 +178,20 @@ async fn shake_quic(accepted: QuicAccepted, current: Arc<KeySet>) -> Shaken {
     (accepted.handshake(&current).await, address, current.bundle())
 }
 
-async fn hold(
-    shaken: Result<Connection, HandshakeError>,
-    address: SocketAddr,
-    bundle: blake3::Hash,
-    context: &Context,
-) {
-    match shaken {
-        Ok(connection) => {
-            context.metrics.key_exchange(connection.group);
-            context.hold(connection, None, bundle).await;
-        }
-        Err(error) => {
-            // Debug: whoever can connect could otherwise fill the log.
-            tracing::debug!(%address, %error, "handshake refused");
-            if let Some(reason) = error.reason() {
-                context.metrics.rejected(reason).inc();
-            }
-        }
+async fn hold(mut connection: Connection, address: SocketAddr, bundle: blake3::Hash, context: Context) {
+    // Its socket is from now on looked after where the session runs.
+    if let Err(error) = connection.stream.settle() {
+        return refused(&error.into(), address, &context.metrics);
+    }
+    context.metrics.key_exchange(connection.group);
+    context.hold(connection, None, bundle).await;
+}
+
+fn refused(error: &HandshakeError, address: SocketAddr, metrics: &Metrics) {
+    // Debug: whoever can connect could otherwise fill the log.
+    tracing::debug!(%address, %error, "handshake refused");
+    if let Some(reason) = error.reason() {
+        metrics.rejected(reason).inc();
     }
 }
 
@@ -238,29 +249,57 @@ mod tests {
     use crate::clock::Clock;
     use crate::kms::authority::Authority;
     use crate::transport::tests::{CONFIG, keys};
-    use crate::transport::{Endpoints, dial_quic};
+    use crate::transport::{DialError, Endpoints, dial_quic};
 
-    /// Who calls over QUIC while the daemon drains is told at once, also when no session over QUIC
-    /// is left, as a closed port tells over TCP.
+    const ANY: &str = "127.0.0.1:0";
+
+    /// An accept loop over QUIC, and somebody who calls it.
+    struct Quic {
+        keys: Arc<Keys>,
+        clock: Clock,
+        stop: Stop,
+    }
+
+    impl Quic {
+        fn new() -> Self {
+            let keys = Arc::new(keys(&Authority::new(), KeyExchange::RequireHybrid));
+            let stop = Stop { accepting: CancellationToken::new(), all: CancellationToken::new() };
+            Self { keys, clock: Clock::start(), stop }
+        }
+
+        /// What came of one call.
+        async fn call(&self, sessions_on: Handle) -> Result<(), DialError> {
+            let (current, clock) = (self.keys.current(), self.clock);
+            let listener = QuicListener::bind(ANY.parse().unwrap(), current.quic().unwrap(), CONFIG, clock).unwrap();
+            let (address, endpoints) = (listener.local_addr().unwrap().to_string(), Endpoints::default());
+            let (hub, sent) = (mpsc::channel(1).0, mpsc::channel(1).0);
+            let metrics = Arc::new(Metrics::new(true, "").unwrap());
+            let context = Context::new(hub, sent, self.keys.verifier(), CONFIG.into(), clock, metrics);
+            tokio::select! {
+                called = dial_quic(&address, &current, &CONFIG, clock, &endpoints) => called.map(drop),
+                () = quic(listener, Arc::clone(&self.keys), context, self.stop.clone(), sessions_on) => {
+                    panic!("it accepts no more");
+                }
+            }
+        }
+    }
+
+    /// A handshake over QUIC takes nothing of the threads of sessions.
+    #[tokio::test]
+    async fn handshakes_over_quic_do_without_the_sessions_threads() {
+        let nobody_runs_it = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let called = Quic::new().call(nobody_runs_it.handle().clone()).await;
+        nobody_runs_it.shutdown_background();
+        called.unwrap();
+    }
+
+    /// Who calls over QUIC while the daemon drains is told, also when no session over QUIC is left,
+    /// as a closed port tells over TCP.
     #[tokio::test]
     async fn who_calls_a_daemon_that_drains_is_refused() {
-        let (clock, keys) = (Clock::start(), Arc::new(keys(&Authority::new(), KeyExchange::RequireHybrid)));
-        let current = keys.current();
-        let any = "127.0.0.1:0".parse().unwrap();
-        let listener = QuicListener::bind(any, current.quic().unwrap(), CONFIG, clock).unwrap();
-        let (address, endpoints) = (listener.local_addr().unwrap().to_string(), Endpoints::default());
-        let (hub, sent) = (mpsc::channel(1).0, mpsc::channel(1).0);
-        let metrics = Arc::new(Metrics::new(true, "").unwrap());
-        let context = Context::new(hub, sent, keys.verifier(), CONFIG.into(), clock, metrics);
-        let stop = Stop { accepting: CancellationToken::new(), all: CancellationToken::new() };
-        stop.accepting.cancel();
-        let calls = async {
-            let refused = dial_quic(&address, &current, &CONFIG, clock, &endpoints).await.unwrap_err();
-            stop.all.cancel();
-            refused.to_string()
-        };
-        let accepts = quic(listener, Arc::clone(&keys), context, stop.clone(), Handle::current());
-        let ((), refused) = tokio::join!(accepts, calls);
+        let daemon = Quic::new();
+        daemon.stop.accepting.cancel();
+        let refused = daemon.call(Handle::current()).await.unwrap_err().to_string();
         assert!(refused.contains("refused"), "{refused}");
     }
 }

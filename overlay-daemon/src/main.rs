@@ -3,17 +3,15 @@
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::thread;
 
-use anyhow::anyhow;
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use overlay_daemon::check;
 use overlay_daemon::client;
 use overlay_daemon::clock::Clock;
 use overlay_daemon::inspect::{InspectArgs, inspect};
-use overlay_daemon::run::{RunArgs, Start, Strangers, run};
-use overlay_daemon::runtime;
-use tokio::runtime::Runtime;
+use overlay_daemon::run::{RunArgs, Start, run};
+use overlay_daemon::runtime::Runtimes;
 
 /// Post-quantum sessions and bounded gossip: a node of the overlay, and its command-line client.
 #[derive(Debug, Parser)]
@@ -71,21 +69,13 @@ fn daemon(args: &RunArgs) -> ExitCode {
         Ok(start) => start,
         Err(error) => return fail(&format!("{error:#}")),
     };
-    let runtimes = runtime::sessions().and_then(|sessions| Ok((sessions, runtime::handshakes()?, runtime::quic()?)));
-    let (sessions, handshakes, quic) = match runtimes {
-        Ok(runtimes) => runtimes,
-        Err(error) => return fail(&format!("cannot start: {error}")),
-    };
-    let strangers = Strangers { handshakes: handshakes.handle().clone(), quic: quic.handle().clone() };
-    // This thread waits in pthread_join(3), and so takes signals under the ThreadSanitizer too, which
-    // puts them off until a thread calls what it knows; a futex(2), where it would wait, is not.
-    let ended = thread::scope(|scope| {
-        let running = thread::Builder::new().spawn_scoped(scope, || sessions.block_on(run(start, &strangers)))?;
-        running.join().map_err(|_| anyhow!("a panic"))?
+    let ended = Runtimes::start().and_then(|runtimes| {
+        let ended = runtimes.wait_for(|callers| run(start, callers));
+        // All that had to end has.
+        runtimes.shutdown();
+        ended
     });
-    // All that had to end has; a name that is still being looked up has no one waiting for it.
-    [sessions, handshakes, quic].into_iter().for_each(Runtime::shutdown_background);
-    match ended {
+    match ended.context("cannot start").flatten() {
         Ok(code) => code,
         Err(error) => fail(&format!("{error:#}")),
     }

@@ -31,6 +31,7 @@ use crate::logging;
 use crate::metrics::Metrics;
 use crate::readiness::Watch;
 use crate::reload::{Files, Reloader, Running, Told};
+use crate::runtime::ForCallers;
 use crate::session::Context;
 use crate::transport::{Descriptors, Endpoints, Listener, LocalListener, QuicListener, Timing, Transports};
 
@@ -83,23 +84,14 @@ impl Start {
     }
 }
 
-/// Where what strangers ask for runs, those who have not shown who they are ([`crate::runtime`]).
-#[derive(Debug)]
-pub struct Strangers {
-    /// Accept loops and TLS handshakes.
-    pub handshakes: Handle,
-    /// QUIC.
-    pub quic: Handle,
-}
-
-/// Runs a daemon until SIGTERM or SIGINT, and drains it. All but what `strangers` is for runs on
-/// the caller's runtime.
+/// Runs a daemon until SIGTERM or SIGINT, and drains it. All but what `callers` is for runs on the
+/// caller's runtime.
 ///
 /// # Errors
 /// It could not start, with every reason.
-pub async fn run(start: Start, strangers: &Strangers) -> anyhow::Result<ExitCode> {
+pub async fn run(start: Start, callers: ForCallers) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new()?;
-    let daemon = begin(start, strangers).await?;
+    let daemon = begin(start, &callers).await?;
     Ok(daemon.run_until(&mut signals).await)
 }
 
@@ -139,7 +131,7 @@ struct Daemon {
     endpoints: Arc<Endpoints>,
 }
 
-async fn begin(start: Start, strangers: &Strangers) -> anyhow::Result<Daemon> {
+async fn begin(start: Start, callers: &ForCallers) -> anyhow::Result<Daemon> {
     let Start { files, config, peers, confinement } = start;
     let clock = Clock::start();
     let running = Running::of(&config, &peers).context("the configuration cannot be written down")?;
@@ -168,7 +160,7 @@ async fn begin(start: Start, strangers: &Strangers) -> anyhow::Result<Daemon> {
         }
     };
     let quic = {
-        let _its_threads = strangers.quic.enter();
+        let _its_threads = callers.quic.enter();
         config.overlay.listen_quic.map(|at| listen_quic(at, &keys, &timing_now, clock)).transpose()?
     };
     let unix = &config.unix;
@@ -264,13 +256,13 @@ async fn begin(start: Start, strangers: &Strangers) -> anyhow::Result<Daemon> {
     let mut accepting = JoinSet::new();
     if let Some(quic) = quic {
         let accept = accept::quic(quic, Arc::clone(&keys), context.clone(), stop.clone(), Handle::current());
-        accepting.spawn_on(accept, &strangers.quic);
+        accepting.spawn_on(accept, &callers.quic);
     }
     let endpoints = Arc::clone(&context.endpoints);
     for listener in [Some(listener), onion].into_iter().flatten() {
         let (keys, health, stop) = (Arc::clone(&keys), health.clone(), stop.clone());
         let accept = accept::tls(listener, keys, context.clone(), health, stop, Handle::current());
-        accepting.spawn_on(accept, &strangers.handshakes);
+        accepting.spawn_on(accept, &callers.handshakes);
     }
     accepting.spawn(accept::local(local, context, health, stop.clone()));
 

@@ -108,25 +108,25 @@ fn a3_as_many_series_as_before_whoever_came(profile: Profile) -> Result<()> {
     let probe = Probe::start(&target)?;
     let before = target.series()?;
     let opened = target.metric("session_open_total")?;
-    let mut came = 0;
-    while came < peers || probe.needs_more() {
-        let n = came;
+    let mut n = 0;
+    while n < peers || probe.needs_more() {
         let id = format!("spiffe://overlay.test/ns/test-{n}/client/client-{n}");
         let (mut wire, _) = target.offer(&id)?.greet(target.address)?;
         let open = Open::Publish { topic: format!("topic-{n}").parse()? };
         ensure!(wire.start(3, &open, target.token(&id)?)? == 200);
         ensure!(wire.start(5, &open, Bytes::new())? == 401);
-        came += 1;
+        n += 1;
     }
-    ensure!(target.metric("session_open_total")? == opened + came as f64);
-    for n in 0..came {
+    let peers = n;
+    ensure!(target.metric("session_open_total")? == opened + peers as f64);
+    for n in 0..peers {
         odd_request(target.admin, &format!("METHOD{n} /metrics"))?;
         odd_request(target.admin, &format!("GET /path-{n}?query={n}"))?;
     }
     every_refusal(&target)?;
     let began = wait::now();
     let after = target.series()?;
-    println!("a3: {after} series after {came} peers, methods and paths; a scrape takes {:.1?}", began.elapsed());
+    println!("a3: {after} series after {peers} peers, methods and paths; a scrape takes {:.1?}", began.elapsed());
     ensure!(after == before, "{after} series, {before} before");
     probe.finish("a3")?;
     target.assert_alive()

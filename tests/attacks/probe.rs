@@ -25,10 +25,8 @@ use rustls::{ClientConnection, StreamOwned};
 const PACE: Duration = Duration::from_millis(10);
 /// Bytes of a message.
 const SIZE: usize = 256;
-/// Messages of the quiet phase.
+/// Messages of the quiet phase, and at least as many beside an attack that would be over at once.
 const QUIET: usize = 200;
-/// Messages beside an attack of which a p99 says something.
-const ENOUGH: usize = 100;
 /// How many times its quiet p99 the probe's p99 may be beside an attack (**H**).
 const MOST: f64 = 2.0;
 /// How often a row is run before the probe is late because of the daemon.
@@ -57,6 +55,8 @@ pub(crate) struct Probe {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Result<()>>,
     quiet: Latencies,
+    /// Messages published when the quiet phase was over.
+    before: u64,
 }
 
 /// What a probe saw while the daemon was attacked.
@@ -153,13 +153,14 @@ impl Probe {
             Ok(Look::Holds(std::mem::take(&mut ledger.latencies)))
         })?;
         yield_to_others()?;
-        Ok(Self { ledger, stop, thread, quiet: Latencies::of(quiet)? })
+        let before = lock(&ledger).published;
+        Ok(Self { ledger, stop, thread, quiet: Latencies::of(quiet)?, before })
     }
 
-    /// Whether an attack that is over at once goes on: fewer messages came beside it than a p99
-    /// takes.
+    /// Whether an attack that is over is made once more: so far fewer messages were published
+    /// beside it than were in the quiet phase. Of a probe that has failed, [`Self::finish`] says why.
     pub(crate) fn needs_more(&self) -> bool {
-        lock(&self.ledger).latencies.len() < ENOUGH
+        !self.thread.is_finished() && lock(&self.ledger).published < self.before + QUIET as u64
     }
 
     /// **H**: ends it; every message that it published has come, once, and the p99 of how long

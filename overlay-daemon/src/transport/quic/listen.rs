@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime};
+use tokio::task::consume_budget;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::super::listen::Handshakes;
@@ -80,6 +81,8 @@ impl QuicListener {
             if self.handshakes.are_many() && !incoming.remote_address_validated() {
                 // It may be asked: its address has not been shown.
                 let _asked = incoming.retry();
+                // While callers come faster than they are asked, this would not end.
+                consume_budget().await;
                 continue;
             }
             return Some(QuicAccepted {

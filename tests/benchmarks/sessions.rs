@@ -32,8 +32,9 @@ const SESSIONS: u32 = 10_000;
 const SPAN: Duration = Duration::from_secs(600);
 /// How long the probe is alone at first.
 const QUIET: Duration = Duration::from_secs(20);
-/// Sessions that end and are replaced, a second.
-const CHURN: u32 = 20;
+/// Sessions that end and are replaced, a second: each several times in all, or what only the first
+/// replacement costs would look like growth.
+const CHURN: u32 = 80;
 /// A third of the default idle timeout, as the dialling side is told to.
 const PING: Duration = Duration::from_secs(5);
 const PROBE: Duration = Duration::from_millis(50);

@@ -84,8 +84,8 @@ impl Start {
     }
 }
 
-/// Runs a daemon until SIGTERM or SIGINT, and drains it. All but what `callers` is for runs on the
-/// caller's runtime.
+/// Runs a daemon until SIGTERM or SIGINT, and drains it. All but what `callers` is for runs where
+/// this is awaited.
 ///
 /// # Errors
 /// It could not start, with every reason.

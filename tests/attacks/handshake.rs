@@ -156,7 +156,7 @@ fn t4_less_than_hybrid_tls13_and_alpn_is_refused(profile: Profile) -> Result<()>
         ensure!(target.metric("session_open_total")? == opened);
         Ok(())
     };
-    loop {
+    probe.beside(|| {
         for group in [kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1, kx_group::MLKEM768] {
             counted(&[Alert::HandshakeFailure], Offer { groups: vec![group], ..good.clone() })
                 .with_context(|| format!("{group:?}"))?;
@@ -169,10 +169,8 @@ fn t4_less_than_hybrid_tls13_and_alpn_is_refused(profile: Profile) -> Result<()>
             ensure!(offer.greet(target.address).is_err(), "let in with ALPN {:?}", offer.alpn);
             wait::until_true("the refusal to be counted", LIMIT, || Ok(target.rejected("tls")? == tls + 1.0))?;
         }
-        if !probe.needs_more() {
-            break;
-        }
-    }
+        Ok(())
+    })?;
     good.greet(target.address)?;
     probe.finish("t4")?;
     target.assert_alive()

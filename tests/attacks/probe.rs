@@ -157,6 +157,16 @@ impl Probe {
         Ok(Self { ledger, stop, thread, quiet: Latencies::of(quiet)?, before })
     }
 
+    /// Makes an attack that is over at once, again and again while the probe [needs
+    /// more](Self::needs_more).
+    pub(crate) fn beside(&self, mut attack: impl FnMut() -> Result<()>) -> Result<()> {
+        attack()?;
+        while self.needs_more() {
+            attack()?;
+        }
+        Ok(())
+    }
+
     /// Whether an attack that is over is made once more: so far fewer messages were published
     /// beside it than were in the quiet phase. Of a probe that has failed, [`Self::finish`] says why.
     pub(crate) fn needs_more(&self) -> bool {

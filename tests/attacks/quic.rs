@@ -104,7 +104,7 @@ fn t7_handshakes_over_quic_in_mass_are_taken_a_few_at_a_time() -> Result<()> {
         config.overlay.handshake_timeout_ms = 1_000;
     })?;
     let (probe, offer) = (Probe::start(&target)?, target.offer(HONEST)?);
-    loop {
+    probe.beside(|| {
         let (mut all, mut asked) = (Vec::new(), 0);
         for _ in 0..scale(300, 5_000) {
             let mut attacker = attacker(&target, &offer, parameters())?;
@@ -118,10 +118,8 @@ fn t7_handshakes_over_quic_in_mass_are_taken_a_few_at_a_time() -> Result<()> {
         ensure!(asked > all.len() / 2, "{asked} of {} were asked for their address", all.len());
         wait::until_true("an honest handshake", LIMIT, || Ok(is_honest_served(&target, &offer).is_ok()))?;
         println!("t7: {asked} of {} handshakes over QUIC were asked for their address", all.len());
-        if !probe.needs_more() {
-            break;
-        }
-    }
+        Ok(())
+    })?;
     probe.finish("t7")?;
     target.assert_alive()
 }
@@ -349,16 +347,14 @@ fn t9_past_the_window_is_closed() -> Result<()> {
     let past = |start| Attacker::stream_frame(start + QUIC_WINDOW_BYTES + 1, b"x");
     let far = |_| Attacker::stream_frame((1 << 62) - 2, b"x");
     let frames: [&dyn Fn(u64) -> Vec<u8>; 3] = [&second_stream, &past, &far];
-    loop {
+    probe.beside(|| {
         for frame in frames {
             let (mut attacker, start) = greeted(&target, &offer)?;
             attacker.send_frames([frame(start)])?;
             wait::until_true("the daemon to close it", LIMIT, || drain(&mut attacker))?;
         }
-        if !probe.needs_more() {
-            break;
-        }
-    }
+        Ok(())
+    })?;
     is_honest_served(&target, &offer)?;
     probe.finish("t9")?;
     target.assert_alive()

@@ -31,6 +31,8 @@ pub const QUEUE: usize = 256;
 /// Things handled before what they caused is sent: one write then carries all of it. While less
 /// waits a turn is shorter, so that it only ever gathers what would have waited anyway.
 const TURN: usize = QUEUE;
+/// Room for so many sessions is kept when they are gone.
+const KEPT_ROOM: usize = 256;
 /// How often the hub says that it is alive.
 const HEARTBEAT_MS: u64 = 200;
 
@@ -213,7 +215,7 @@ impl Turn {
                 // Known before the node decides: HELLO may go out at once.
                 self.live.insert(id, Live { writer: Some(writer), gate, group, counted: None });
                 if !self.node.handle_open(id, opening, self.clock.now())
-                    && let Some(live) = self.live.remove(&id)
+                    && let Some(live) = self.forget(id)
                 {
                     // What it still sends is thrown away, and not looked at.
                     live.gate.pause(Millis::NEVER);
@@ -233,7 +235,7 @@ impl Turn {
             Input::Broken(id, status) => self.node.handle_framing_error(id, status),
             Input::Closed(id) => {
                 self.node.handle_closed(id);
-                self.live.remove(&id);
+                self.forget(id);
             }
             Input::Keys(generation, keys, token) => {
                 self.node.handle_keys(generation, keys);
@@ -252,6 +254,16 @@ impl Turn {
             Input::Drain => self.node.handle_drain(),
             Input::Finish => self.node.handle_finish(),
         }
+    }
+
+    /// Lets go of a session, and of the room that many more took.
+    fn forget(&mut self, id: SessionId) -> Option<Live> {
+        let live = self.live.remove(&id);
+        let (sessions, room) = (self.live.len(), self.live.capacity());
+        if room > KEPT_ROOM && sessions < room / 4 {
+            self.live.shrink_to(2 * sessions);
+        }
+        live
     }
 
     /// Opens the gate of a session whose HELLO was just answered.
@@ -320,7 +332,7 @@ impl Turn {
     fn carry_out(&mut self, output: Output) {
         match output {
             Output::Close(id) => {
-                if let Some(live) = self.live.remove(&id) {
+                if let Some(live) = self.forget(id) {
                     live.gate.pause(Millis::NEVER);
                 }
             }

@@ -1,5 +1,7 @@
 //! The program's command line: which part runs, and its exit code.
 
+mod memory;
+
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -69,6 +71,9 @@ fn daemon(args: &RunArgs) -> ExitCode {
         Ok(start) => start,
         Err(error) => return fail(&format!("{error:#}")),
     };
+    if let Err(error) = memory::give_back() {
+        return fail(&format!("cannot start: {error}"));
+    }
     let ended = Runtimes::start().and_then(|runtimes| {
         let ended = runtimes.wait_for(|callers| run(start, callers));
         // All that had to end has.

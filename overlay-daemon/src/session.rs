@@ -158,8 +158,9 @@ impl Context {
     {
         let id = SessionId(self.ids.fetch_add(1, Ordering::Relaxed));
         let holder = opening.holder.clone();
-        // What is logged on behalf of a session says which.
-        let span = tracing::info_span!("session", session = id.0);
+        // What is logged on behalf of a session says which. All of that is `debug`, and so is this:
+        // the room that a span takes is kept for spans to come, for good.
+        let span = tracing::debug_span!("session", session = id.0);
         span.in_scope(|| {
             let (transport, dialled) = (Transport::label_of(opening.transport), opening.dialled.is_some());
             tracing::debug!(identity = %holder, transport, group = opening.group, dialled, "session opened");

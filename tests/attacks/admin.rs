@@ -53,8 +53,7 @@ fn a1_a_thousand_partial_heads_keep_no_probe_out() -> Result<()> {
         Ok(!open)
     })?;
     println!("a1: {} heads closed within {:.1?}, {probes} probes answered meanwhile", heads.len(), began.elapsed());
-    probe.finish("a1")?;
-    target.assert_alive()
+    target.survived(&probe.finish("a1")?)
 }
 
 /// An admin request of any method and path; whatever is answered is no server error.
@@ -128,6 +127,5 @@ fn a3_as_many_series_as_before_whoever_came(profile: Profile) -> Result<()> {
     let after = target.series()?;
     println!("a3: {after} series after {peers} peers, methods and paths; a scrape takes {:.1?}", began.elapsed());
     ensure!(after == before, "{after} series, {before} before");
-    probe.finish("a3")?;
-    target.assert_alive()
+    target.survived(&probe.finish("a3")?)
 }

@@ -18,7 +18,7 @@ use overlay_tests::on_both_profiles;
 use overlay_tests::wait::{self, now};
 
 use crate::probe::Probe;
-use crate::target::{CLIENT, Target, later, scale};
+use crate::target::{CLIENT, Target, scale};
 
 on_both_profiles!(
     by crate::probe::run:
@@ -41,17 +41,11 @@ const CLAIM: [u8; 38] = {
     header
 };
 
-/// glibc keeps an arena for each thread, and a wave that lies in another than the one before makes
-/// both resident: with one, what a wave leaves is the daemon's.
-const ONE_ARENA: [&str; 2] = ["env", "MALLOC_ARENA_MAX=1"];
-
 /// F1, I-3, M: a header that claims 1 MiB makes nobody allocate 1 MiB. What each connection
-/// costs is at most 64 KiB, it is cut when the frame's time is over, and what a last wave adds to
-/// the one half way, when the allocator had seen its like, is nothing.
+/// costs is at most 64 KiB, and it is cut when the frame's time is over.
 fn f1_claimed_lengths_are_not_allocated(profile: Profile) -> Result<()> {
-    const WAVES: usize = 6;
     let count = scale(1_000, 10_000);
-    let mut target = Target::start_under(profile, &ONE_ARENA, |config| {
+    let mut target = Target::start(profile, |config| {
         config.overlay.max_sessions = 20_000;
         config.overlay.memory_bytes = 1 << 30;
         // Long enough to hold all of them at once.
@@ -60,8 +54,7 @@ fn f1_claimed_lengths_are_not_allocated(profile: Profile) -> Result<()> {
     })?;
     let probe = Probe::start(&target)?;
     let base = target.resident_kib()?;
-    let mut after = Vec::new();
-    for _ in 0..WAVES {
+    for _wave in 0..2 {
         let timeouts = target.rejected("timeout")?;
         let mut held = Vec::with_capacity(count);
         for n in 1..=count {
@@ -79,12 +72,9 @@ fn f1_claimed_lengths_are_not_allocated(profile: Profile) -> Result<()> {
         target.until_connections(1)?;
         ensure!(target.rejected("timeout")? == timeouts + count as f64, "each is counted once");
         drop(held);
-        after.push(target.resident_kib()?);
+        target.until_memory_is_back(base)?;
     }
-    println!("f1: KiB resident: {base} before, {after:?} after each wave");
-    ensure!(after[WAVES - 1] as f64 <= after[WAVES / 2 - 1] as f64 * later(), "later waves leave more: {after:?}");
-    probe.finish("f1")?;
-    target.assert_alive()
+    target.survived(&probe.finish("f1")?)
 }
 
 /// F1 over TLS, whose own buffers count: the same claim costs at most 64 KiB a session.
@@ -108,8 +98,7 @@ fn f1_claimed_lengths_are_not_allocated_under_tls(profile: Profile) -> Result<()
     ensure!(each <= 64.0, "{each} KiB");
     target.until_connections(1)?;
     ensure!(target.rejected("timeout")? == timeouts + count as f64, "each is counted once");
-    probe.finish("f1")?;
-    target.assert_alive()
+    target.survived(&probe.finish("f1")?)
 }
 
 /// What came of frames sent as fast as the daemon takes them, by somebody who reads every
@@ -192,8 +181,7 @@ fn f6_endless_empty_frames_are_throttled_and_closed(profile: Profile) -> Result<
         ensure!(flood.closed, "{what}: all {count} were taken");
     }
     target.until_connections(1)?;
-    probe.finish("f6")?;
-    target.assert_alive()
+    target.survived(&probe.finish("f6")?)
 }
 
 /// F7, P-2 (rapid reset): streams begun and ended as fast as it goes are taken at the rate of
@@ -220,8 +208,7 @@ fn f7_streams_begun_and_ended_in_mass_are_capped_and_closed(profile: Profile) ->
     ensure!(flood.accepted as f64 <= most, "{} were accepted in {:?}", flood.accepted, flood.lasted);
     ensure!(flood.closed, "all were taken");
     target.until_connections(1)?;
-    probe.finish("f7")?;
-    target.assert_alive()
+    target.survived(&probe.finish("f7")?)
 }
 
 /// F7, G-6: a stream that never ends is bounded in streams, bytes and time: the 257th open one
@@ -255,6 +242,5 @@ fn f7_streams_that_never_end_are_bounded(profile: Profile) -> Result<()> {
     let whole = [vec![begin], (0..16).map(piece).collect()].concat();
     ensure!(code_of(whole)? == 400, "chunks of another payload");
     ensure!(code_of(vec![piece(16)])? == 400, "a chunk past the last");
-    probe.finish("f7")?;
-    target.assert_alive()
+    target.survived(&probe.finish("f7")?)
 }

@@ -105,8 +105,7 @@ fn t1_silence_and_dripped_hellos_end_at_one_deadline(profile: Profile) -> Result
     ensure!(greeted > 0);
     println!("t1: {greeted} honest handshakes succeeded beside {} silent connections", silent.len());
     target.until_connections(1)?;
-    probe.finish("t1")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t1")?)
 }
 
 /// T2: a hello and then close_notify (an acceptor that asked such a connection for more spun
@@ -139,8 +138,7 @@ fn t2_a_hello_and_then_goodbye_leaves_it_idle() -> Result<()> {
     println!("t2: {before:?} of processor time in {WINDOW:?} before, {after:?} after");
     ensure!(after <= before + WINDOW / 10, "it is not idle: {after:?} in {WINDOW:?}");
     ensure!(target.rejected("timeout")? == timeouts, "some were kept until their deadline");
-    probe.finish("t2")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t2")?)
 }
 
 /// T4, I-11, G-10: with hybrid required, an X25519-only hello gets an alert and is counted; so
@@ -172,8 +170,7 @@ fn t4_less_than_hybrid_tls13_and_alpn_is_refused(profile: Profile) -> Result<()>
         Ok(())
     })?;
     good.greet(target.address)?;
-    probe.finish("t4")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t4")?)
 }
 
 /// A public key that nobody has the private half of.
@@ -315,8 +312,7 @@ fn t5_expensive_certificates_are_refused_cheaply() -> Result<()> {
         ensure!(each <= 5.0 * honest, "{what} costs {:.1} honest handshakes", each / honest);
     }
     good.greet(target.address)?;
-    probe.finish("t5")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t5")?)
 }
 
 /// Hellos that got the daemon's: its half of the key exchange is done.
@@ -356,8 +352,7 @@ fn t7_handshakes_in_mass_are_taken_a_few_at_a_time() -> Result<()> {
     drop(streams);
     target.until_connections(1)?;
     target.offer(HONEST)?.greet(target.address).context("an honest handshake afterwards")?;
-    probe.finish("t7")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t7")?)
 }
 
 /// T10: no early data is taken. The daemon gives no ticket that it could be sent with, and
@@ -396,8 +391,7 @@ fn t10_early_data_opens_nothing() -> Result<()> {
     target.until_connections(1)?;
     ensure!(target.metric("session_open_total")? == opened, "early data opened a session");
     offer.greet(target.address)?;
-    probe.finish("t10")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t10")?)
 }
 
 /// A ClientHello in one record, with an empty extension more.

@@ -57,6 +57,8 @@ pub(crate) struct Probe {
     quiet: Latencies,
     /// Messages published when the quiet phase was over.
     before: u64,
+    /// KiB resident in the daemon then.
+    resident_kib: u64,
 }
 
 /// What a probe saw while the daemon was attacked.
@@ -65,6 +67,8 @@ pub(crate) struct Seen {
     pub(crate) messages: u64,
     /// Times that one was refused (429 or 503) and had to be published again.
     pub(crate) refused: u64,
+    /// KiB resident in the daemon before the attack.
+    pub(crate) resident_kib: u64,
     quiet: Latencies,
     attacked: Latencies,
 }
@@ -154,7 +158,8 @@ impl Probe {
         })?;
         yield_to_others()?;
         let before = lock(&ledger).published;
-        Ok(Self { ledger, stop, thread, quiet: Latencies::of(quiet)?, before })
+        let resident_kib = daemon.resident_kib()?;
+        Ok(Self { ledger, stop, thread, quiet: Latencies::of(quiet)?, before, resident_kib })
     }
 
     /// Makes an attack that is over at once, again and again while the probe [needs
@@ -190,7 +195,13 @@ impl Probe {
         self.thread.join().map_err(|_| anyhow!("the probe panicked"))?.context("the honest probe")?;
         let mut ledger = lock(&self.ledger);
         let attacked = Latencies::of(std::mem::take(&mut ledger.latencies))?;
-        let seen = Seen { messages: ledger.published, refused: ledger.refused, quiet: self.quiet, attacked };
+        let seen = Seen {
+            messages: ledger.published,
+            refused: ledger.refused,
+            resident_kib: self.resident_kib,
+            quiet: self.quiet,
+            attacked,
+        };
         println!("{row}: {seen}");
         Ok(seen)
     }
@@ -214,7 +225,7 @@ impl Seen {
 
 impl std::fmt::Display for Seen {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { messages, refused, quiet, attacked } = self;
+        let Self { messages, refused, quiet, attacked, .. } = self;
         let times = self.times();
         write!(
             f,

@@ -92,8 +92,7 @@ fn t1_half_hellos_over_quic_give_way() -> Result<()> {
     // As many wait as may: an honest one may be told to come again.
     wait::until_true("an honest handshake", LIMIT, || Ok(is_honest_served(&target, &offer).is_ok()))?;
     println!("t1: {} callers said half a hello over QUIC, {asked} were asked for their address", silent.len());
-    probe.finish("t1")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t1")?)
 }
 
 /// T7: handshakes over QUIC in mass, none of which goes on after its hello: so many at a time, the
@@ -120,8 +119,7 @@ fn t7_handshakes_over_quic_in_mass_are_taken_a_few_at_a_time() -> Result<()> {
         println!("t7: {asked} of {} handshakes over QUIC were asked for their address", all.len());
         Ok(())
     })?;
-    probe.finish("t7")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t7")?)
 }
 
 /// T8: transport parameters cut off at every byte, and their numbers at the edges: refused with
@@ -152,8 +150,7 @@ fn t8_truncated_transport_parameters_are_refused() -> Result<()> {
     ensure!(refused >= whole.len(), "{refused} were refused");
     is_honest_served(&target, &offer)?;
     println!("t8: {refused} sets of transport parameters were refused");
-    probe.finish("t8")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t8")?)
 }
 
 /// T8: a ClientHello again and again, from an address that never answers: never more than three
@@ -197,8 +194,7 @@ fn t8_duplicate_initials_are_answered_three_times_at_most() -> Result<()> {
         silent.received, silent.sent, once.sent, once.received
     );
     is_honest_served(&target, &offer)?;
-    probe.finish("t8")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t8")?)
 }
 
 /// T8: what is no packet, of another version, or of no connection, in every size: never more comes
@@ -224,8 +220,7 @@ fn t8_what_is_no_packet_is_not_reflected() -> Result<()> {
     println!("t8: {} bytes came back for {}", stranger.received, stranger.sent);
     ensure!(stranger.received <= stranger.sent, "{} for {}", stranger.received, stranger.sent);
     is_honest_served(&target, &offer)?;
-    probe.finish("t8")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t8")?)
 }
 
 /// T8: with every handshake taken by callers who do not go on, the next is asked to show its
@@ -256,8 +251,7 @@ fn t8_callers_must_show_their_address_when_handshakes_are_many() -> Result<()> {
         asked.send(&datagram)?;
     }
     is_honest_served(&target, &offer)?;
-    probe.finish("t8")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t8")?)
 }
 
 /// A session of an attacker's, HELLO answered; and from where on its stream goes.
@@ -318,8 +312,7 @@ fn t9_gapped_fragments_are_bounded_and_closed() -> Result<()> {
     let cap = QUIC_WINDOW_BYTES / 1_024 * count as u64 + 8 * 1_024;
     println!("t9: {count} connections in fragments took {} KiB, of {cap} KiB", most - before);
     ensure!(most - before <= cap, "{} KiB for {count} connections", most - before);
-    probe.finish("t9")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t9")?)
 }
 
 /// T9: the same in few large fragments, which no rule of QUIC's forbids: they fit the window, and
@@ -335,8 +328,7 @@ fn t9_a_withheld_prefix_is_silence() -> Result<()> {
         attacker.send_frames([Attacker::stream_frame(start + 1 + number * 1_000, &[7; 1_000])])?;
         drain(&mut attacker)
     })?;
-    probe.finish("t9")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t9")?)
 }
 
 /// T9: past what the daemon allows, in bytes or in streams: closed at once.
@@ -356,8 +348,7 @@ fn t9_past_the_window_is_closed() -> Result<()> {
         Ok(())
     })?;
     is_honest_served(&target, &offer)?;
-    probe.finish("t9")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t9")?)
 }
 
 /// T10: no ticket is given, so nobody has keys for early data; what is sent as such all the same
@@ -386,8 +377,7 @@ fn t10_early_data_over_quic_opens_nothing() -> Result<()> {
     })?;
     ensure!(!streamed, "something on a stream came back");
     ensure!(target.metric("session_open_total")? == opened, "a session was opened");
-    probe.finish("t10")?;
-    target.assert_alive()
+    target.survived(&probe.finish("t10")?)
 }
 
 /// M1: sessions at rest take less than is claimed for them, and what is claimed is given back.
@@ -397,8 +387,6 @@ fn m1_sessions_over_quic_take_what_is_claimed() -> Result<()> {
     let (offer, address) = (target.offer(HONEST)?, target.listens(Transport::Quic)?);
     let count = scale(100, 2_000);
     let memory = || target.metric("overlay_memory_bytes");
-    // The first one brings what all share.
-    drop(offer.greet_over(Transport::Quic, address)?);
     wait::until_true("nothing to be claimed", LIMIT, || Ok(memory()? == 0.0))?;
     let before = target.resident_kib()?;
     let mut sessions = Vec::new();
@@ -412,5 +400,6 @@ fn m1_sessions_over_quic_take_what_is_claimed() -> Result<()> {
     ensure!(taken * 1_024 <= claim, "{taken} KiB for {count} sessions");
     drop(sessions);
     wait::until_true("it to be given back", LIMIT, || Ok(memory()? == 0.0))?;
-    target.assert_alive()
+    target.assert_alive()?;
+    target.until_memory_is_back(before)
 }

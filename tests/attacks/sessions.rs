@@ -22,7 +22,7 @@ use overlay_tests::wait::{self, Look, now};
 use rustix::net::sockopt::set_socket_recv_buffer_size;
 
 use crate::probe::Probe;
-use crate::target::{CLIENT, Target, later, scale};
+use crate::target::{CLIENT, Target, scale};
 
 on_both_profiles!(
     by crate::probe::run:
@@ -155,8 +155,7 @@ fn s1_slow_readers_are_dropped_and_the_healthy_keep_all(profile: Profile) -> Res
     }
     println!("s1: {slow} slow readers dropped, {count} healthy ones got all their messages");
     drop(stopped);
-    probe.finish("s1")?;
-    target.assert_alive()
+    target.survived(&probe.finish("s1")?)
 }
 
 /// S2, I-2: a FIN without reading, a HELLO and then silence, and a handshake and then nothing:
@@ -185,8 +184,7 @@ fn s2_half_closed_and_silent_sessions_give_their_descriptors_back(profile: Profi
     }
     target.until_connections(1)?;
     println!("s2: {} half-closed and silent sessions gave their descriptors back", held.len());
-    probe.finish("s2")?;
-    target.assert_alive()
+    target.survived(&probe.finish("s2")?)
 }
 
 /// S3, I-6: with no descriptor left for connections the daemon lives, answers admin HTTP, says
@@ -241,25 +239,19 @@ fn s3_without_descriptors_it_is_live_and_not_ready(profile: Profile) -> Result<(
     wait::until_true("it to be ready again", LIMIT, || Ok(target.is_ready()))?;
     target.offer(CLIENT)?.greet(target.address).context("an honest handshake afterwards")?;
     // Writes are shed for as long as there are no descriptors: late, and all there.
-    probe.finish_shed("s3")?;
-    target.assert_alive()
+    target.survived(&probe.finish_shed("s3")?)
 }
 
 /// S4: connections that go at once, at every stage, leave no descriptor, no session and no
-/// series behind; and what the last round leaves in memory is what one half way left, when the
-/// allocator had seen it all.
+/// series behind.
 fn s4_connect_and_close_leaves_nothing(profile: Profile) -> Result<()> {
     const ROUNDS: usize = 24;
-    // What malloc gives out at least (glibc: 32 bytes). Of each handshake one such piece kept is
-    // more than this in full size, and the allocator's own coming and going less.
-    const LEAST_ALLOCATION_KIB: f64 = 32.0 / 1_024.0;
     let (bare, handshakes) = (scale(1_000, 75_000), scale(100, 4_200));
     let mut target = Target::start(profile, |_| {})?;
     let probe = Probe::start(&target)?;
     let offer = target.offer(CLIENT)?;
     let (config, hello_bytes) = (Arc::new(offer.config()?), offer.client_hello()?);
     let series = target.series()?;
-    let mut resident = Vec::new();
     for _round in 0..ROUNDS {
         for n in 0..bare {
             let mut stream = TcpStream::connect(target.address)?;
@@ -278,17 +270,12 @@ fn s4_connect_and_close_leaves_nothing(profile: Profile) -> Result<()> {
             drop(Wire::local(&target.socket())?);
         }
         target.until_connections(1)?;
-        resident.push(target.resident_kib()?);
     }
     wait::until_true("as many sessions closed as opened, but one", LIMIT, || {
         Ok(target.metric("session_open_total")? == target.metric("session_close_total")? + 1.0)
     })?;
     ensure!(target.metric("overlay_sessions_active")? == 1.0);
     ensure!(target.series()? == series, "{} series, not {series}", target.series()?);
-    println!("s4: {} connections; KiB resident after each round {resident:?}", ROUNDS * (bare + 2 * handshakes));
-    let (half, end) = (resident[ROUNDS / 2] as f64, resident[ROUNDS - 1] as f64);
-    let kept = (ROUNDS / 2 * handshakes) as f64 * LEAST_ALLOCATION_KIB;
-    ensure!(end - half <= kept.max(half * (later() - 1.0)), "later rounds leave more: {resident:?}");
-    probe.finish("s4")?;
-    target.assert_alive()
+    println!("s4: {} connections", ROUNDS * (bare + 2 * handshakes));
+    target.survived(&probe.finish("s4")?)
 }

@@ -5,12 +5,22 @@ use std::net::TcpStream;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::Result;
-use overlay_core::config::{DaemonConfig, Profile};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use overlay_core::config::{DaemonConfig, Profile, Transport};
+use overlay_core::control::Open;
+use overlay_core::identity::Topic;
 use overlay_tests::daemon::{Daemon, raise_descriptors};
+use overlay_tests::oap::Wire;
+use overlay_tests::wait;
+
+use crate::probe::Seen;
 
 /// Whoever is not the probe.
 pub(crate) const CLIENT: &str = "spiffe://overlay.test/ns/test/client/other";
+
+const LIMIT: Duration = Duration::from_secs(60);
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -40,8 +50,33 @@ impl Target {
             config.gossip.dedupe_window_ms = 2_000;
             change(config);
         })?;
+        warm_up(&daemon)?;
         Ok(Self { daemon, _alone: alone })
     }
+
+    /// **P** and **M**, once an attack is over and the probe has ended: the daemon lives, and its
+    /// memory is what it was before.
+    pub(crate) fn survived(&mut self, seen: &Seen) -> Result<()> {
+        self.assert_alive()?;
+        self.until_memory_is_back(seen.resident_kib)
+    }
+}
+
+/// A few sessions, over all that it listens on: what the first ones bring stays, whoever they
+/// were. Pages of the program, of its threads' stacks and of its allocator's own.
+fn warm_up(daemon: &Daemon) -> Result<()> {
+    let (offer, topic) = (daemon.offer(CLIENT)?, "warm-up".parse::<Topic>()?);
+    for _ in 0..20 {
+        offer.greet(daemon.address)?;
+        if let Ok(address) = daemon.listens(Transport::Quic) {
+            offer.greet_over(Transport::Quic, address)?;
+        }
+        let mut wire = Wire::local(&daemon.socket())?;
+        let code = wire.start(3, &Open::Subscribe { topics: vec![topic.clone()] }, daemon.local_token()?)?;
+        ensure!(code == 200, "a subscription got {code}");
+    }
+    let ended = || Ok(daemon.metric("overlay_sessions_active")? == 0.0 && daemon.connections()? == 0);
+    wait::until_true("the first sessions to end", LIMIT, ended)
 }
 
 impl Deref for Target {
@@ -60,13 +95,6 @@ impl DerefMut for Target {
 /// How much of an attack: `full` in a soak, else what fits beside the other tests.
 pub(crate) fn scale(short: usize, full: usize) -> usize {
     if std::env::var_os("OVERLAY_SOAK").is_some() { full } else { short }
-}
-
-/// How much more memory a later round may leave than one half way, as a multiple: ten thousand
-/// connections show within 5% what is kept for each. In the short form the allocator's own coming
-/// and going is that much.
-pub(crate) fn later() -> f64 {
-    if std::env::var_os("OVERLAY_SOAK").is_some() { 1.05 } else { 1.10 }
 }
 
 /// Whether the daemon has closed a connection, whatever it said before.

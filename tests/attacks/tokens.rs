@@ -108,6 +108,5 @@ fn k6_expensive_capabilities_are_refused_cheaply() -> Result<()> {
         numbers = numbers.end..numbers.end + count;
         Ok(())
     })?;
-    probe.finish("k6")?;
-    target.assert_alive()
+    target.survived(&probe.finish("k6")?)
 }

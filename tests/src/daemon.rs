@@ -238,6 +238,26 @@ impl Daemon {
         self.process.resident_kib()
     }
 
+    /// Waits until the memory resident is back to `base` KiB and 5% (**M**), and 3% of what it took
+    /// at the most: for every run of pages that it ever held, jemalloc keeps a descriptor of 128
+    /// bytes, for those to come.
+    ///
+    /// # Errors
+    /// It is not within a minute.
+    pub fn until_memory_is_back(&self, base: u64) -> Result<()> {
+        let peak = self.process.most_resident_kib()?;
+        let most = base + base / 20 + peak.saturating_sub(base) * 3 / 100;
+        let after = wait::until("the memory to be given back", 2 * LIMIT, || {
+            let resident = self.resident_kib()?;
+            Ok(match resident <= most {
+                true => Look::Holds(resident),
+                false => Look::NotYet(format!("{resident} KiB, {base} before, {peak} at the most")),
+            })
+        })?;
+        println!("KiB resident: {base} before, {peak} at the most, {after} of {most} at the end");
+        Ok(())
+    }
+
     /// Processor time of all threads that it has.
     ///
     /// # Errors

@@ -23,6 +23,7 @@ pub struct Keys {
     tls: Tls,
     token: Token,
     current: watch::Sender<Arc<KeySet>>,
+    verifier: Verifier,
     seen: Mutex<Seen>,
 }
 
@@ -59,8 +60,8 @@ impl Keys {
         let contents = Contents::read(&sources)?;
         let seen = Mutex::new(Seen { current: contents.digest, refused: None, key_exchange: tls.key_exchange });
         let set = KeySet::build(&sources, contents, 1, unix_ms)?;
-        let (current, _) = watch::channel(Arc::new(set));
-        Ok(Self { tls: tls.clone(), token: token.clone(), current, seen })
+        let (current, follows) = watch::channel(Arc::new(set));
+        Ok(Self { tls: tls.clone(), token: token.clone(), current, verifier: Verifier::new(follows), seen })
     }
 
     /// The current set.
@@ -92,10 +93,11 @@ impl Keys {
     /// A verifier of tokens that follows the current set.
     #[must_use]
     pub fn verifier(&self) -> Verifier {
-        Verifier::new(self.subscribe())
+        self.verifier.clone()
     }
 
-    /// Looks at the files every [`POLL_INTERVAL`], and whenever `asked` to, until cancelled.
+    /// Looks at the files every [`POLL_INTERVAL`], and whenever `asked` to, until cancelled; and
+    /// forgets tokens that nobody shows.
     pub async fn watch(
         self: Arc<Self>,
         metrics: Arc<Metrics>,
@@ -116,6 +118,7 @@ impl Keys {
                 // Who asks wants to hear what is wrong, though it was said before.
                 Ok(()) = asked.changed() => self.forget_refusal(),
             }
+            self.verifier.forget_unused(clock.unix_ms());
             let keys = Arc::clone(&self);
             let Ok(outcome) = tokio::task::spawn_blocking(move || keys.reload(clock.unix_ms())).await else { continue };
             if let Reload::Refused(errors) = outcome {

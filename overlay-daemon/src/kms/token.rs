@@ -18,9 +18,14 @@ use super::KeySet;
 
 /// Keys that the set may hold.
 pub const MAX_TOKEN_KEYS: usize = 64;
-/// Tokens whose signature is remembered, at most 4 KiB each: past it, the one that was shown
-/// least recently is verified anew when it comes back.
-const CACHED_TOKENS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(4_095);
+/// Tokens whose signature is remembered: past it, the one that was shown least recently is
+/// verified anew when it comes back.
+const REMEMBERED_TOKENS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(4_095);
+/// Longer ones, of many topics, are verified each time: what a list of topics takes when it is
+/// read is ten times what it is long, and no budget counts it.
+const REMEMBERED_BYTES: usize = 1_024;
+/// How long one is remembered that is not shown again.
+const REMEMBERED_MS: u64 = 20_000;
 
 /// The public keys whose tokens are believed, by key id.
 pub struct TokenKeys(HashMap<String, (TokenKey, DecodingKey)>);
@@ -142,8 +147,8 @@ impl Jwk {
 }
 
 /// Verifies tokens by whatever keys are current. Signatures that held are remembered until the
-/// keys change; those that did not cost their sender a verification each time. Clones share
-/// what is remembered.
+/// keys change, or nobody has shown the token for a while; those that did not cost their sender a
+/// verification each time. Clones share what is remembered.
 #[derive(Clone)]
 pub struct Verifier {
     keys: watch::Receiver<Arc<KeySet>>,
@@ -152,7 +157,12 @@ pub struct Verifier {
 
 impl Verifier {
     pub(super) fn new(keys: watch::Receiver<Arc<KeySet>>) -> Self {
-        Self { keys, cache: Remembered::new(CACHED_TOKENS) }
+        Self { keys, cache: Remembered::new(REMEMBERED_TOKENS) }
+    }
+
+    /// Forgets the tokens that nobody showed for a while.
+    pub(super) fn forget_unused(&self, unix_ms: u64) {
+        self.cache.forget_unused(unix_ms.saturating_sub(REMEMBERED_MS));
     }
 
     /// The keys that it follows.
@@ -174,17 +184,20 @@ impl Verifier {
             return Err(Refusal::new(Status::Unauthorized, "the token is too long"));
         }
         let keys = Arc::clone(&self.keys.borrow());
-        let (claims, key) = self.claims(&keys, cap)?;
+        let (claims, key) = self.claims(&keys, cap, unix_ms)?;
         Grant::new(claims, SignedBy { key, generation: keys.generation() }, keys.audience(), holder, unix_ms)
     }
 
-    fn claims(&self, keys: &KeySet, cap: &[u8]) -> Result<Signed, Refusal> {
+    fn claims(&self, keys: &KeySet, cap: &[u8], unix_ms: u64) -> Result<Signed, Refusal> {
+        if cap.len() > REMEMBERED_BYTES {
+            return keys.token_keys.claims(cap);
+        }
         let id = blake3::hash(cap);
-        if let Some(claims) = self.cache.get(keys.generation(), &id) {
+        if let Some(claims) = self.cache.get(keys.generation(), &id, unix_ms) {
             return Ok(claims);
         }
         let claims = keys.token_keys.claims(cap)?;
-        self.cache.put(keys.generation(), id, claims.clone());
+        self.cache.put(keys.generation(), id, claims.clone(), unix_ms);
         Ok(claims)
     }
 }

@@ -1,0 +1,22 @@
+//! Where the program's memory comes from, and that it goes back there: jemalloc(3), also for what C
+//! allocates. glibc's keeps what a burst took, an arena for each thread: after 10,000 connections
+//! five times what the daemon had before them (**M** of the attack catalogue). How soon it goes
+//! back is compiled in: `.cargo/config.toml`.
+//!
+//! Not under the ThreadSanitizer: it sees no lock of jemalloc's, and would take memory that is
+//! used again for a race.
+
+#[cfg(not(tsan))]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// Starts the allocator's own thread, which gives back what is free also where nobody allocates.
+/// Not before the process is confined: a thread that was there is not.
+///
+/// # Errors
+/// The system gives no thread.
+pub(crate) fn give_back() -> Result<(), String> {
+    #[cfg(not(tsan))]
+    tikv_jemalloc_ctl::background_thread::write(true).map_err(|error| format!("no thread for memory: {error}"))?;
+    Ok(())
+}

@@ -3,6 +3,7 @@
 //! is free, and a channel of one place is then always open.
 
 use std::collections::{BTreeSet, HashMap};
+use std::hash::Hash;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -31,7 +32,7 @@ pub const QUEUE: usize = 256;
 /// Things handled before what they caused is sent: one write then carries all of it. While less
 /// waits a turn is shorter, so that it only ever gathers what would have waited anyway.
 const TURN: usize = QUEUE;
-/// Room for so many sessions is kept when they are gone.
+/// Room for at least so many sessions is kept when they are gone.
 const KEPT_ROOM: usize = 256;
 /// How often the hub says that it is alive.
 const HEARTBEAT_MS: u64 = 200;
@@ -256,13 +257,10 @@ impl Turn {
         }
     }
 
-    /// Lets go of a session, and of the room that many more took.
+    /// Lets go of a session.
     fn forget(&mut self, id: SessionId) -> Option<Live> {
         let live = self.live.remove(&id);
-        let (sessions, room) = (self.live.len(), self.live.capacity());
-        if room > KEPT_ROOM && sessions < room / 4 {
-            self.live.shrink_to(2 * sessions);
-        }
+        give_room_back(&mut self.live);
         live
     }
 
@@ -377,5 +375,32 @@ impl Turn {
             drained,
             deserted,
         });
+    }
+}
+
+/// Gives back what a table takes for many more than are in it. Once in as many removals as are left.
+fn give_room_back<K: Eq + Hash, V>(table: &mut HashMap<K, V>) {
+    if table.capacity() > 4 * table.len().max(KEPT_ROOM) {
+        table.shrink_to(2 * table.len().max(KEPT_ROOM));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// F1, M: the room that ten thousand sessions took goes with them, a few times and not at each.
+    #[test]
+    fn f1_a_table_gives_back_what_many_took() {
+        let mut table: HashMap<_, _> = (0..10_000).map(|n| (n, ())).collect();
+        let (mut room, mut times) = (table.capacity(), 0);
+        for n in 0..10_000 {
+            table.remove(&n);
+            give_room_back(&mut table);
+            times += usize::from(table.capacity() < room / 4 * 3);
+            room = table.capacity();
+            assert!(room <= 4 * table.len().max(KEPT_ROOM), "{room} for {}", table.len());
+        }
+        assert!((1..=5).contains(&times), "{times} times");
     }
 }

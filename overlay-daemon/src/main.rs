@@ -1,6 +1,6 @@
 //! The program's command line: which part runs, and its exit code.
 
-mod memory;
+mod allocator;
 
 use std::io;
 use std::path::PathBuf;
@@ -71,7 +71,7 @@ fn daemon(args: &RunArgs) -> ExitCode {
         Ok(start) => start,
         Err(error) => return fail(&format!("{error:#}")),
     };
-    if let Err(error) = memory::give_back() {
+    if let Err(error) = allocator::start_giving_back() {
         return fail(&format!("cannot start: {error}"));
     }
     let ended = Runtimes::start().and_then(|runtimes| {

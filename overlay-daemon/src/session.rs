@@ -18,7 +18,7 @@ use overlay_core::config::Transport;
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::grant::{Grant, Holder};
 use overlay_core::memory::WRITE_BYTES;
-use overlay_core::node::{Opening, SessionId};
+use overlay_core::node::{Clock as CoreClock, Opening, SessionId};
 use overlay_core::status::{Reason, Refusal, Status};
 use overlay_core::{codec, compress};
 pub use overlay_shared::{ReadBytes, Reading};
@@ -158,8 +158,9 @@ impl Context {
     {
         let id = SessionId(self.ids.fetch_add(1, Ordering::Relaxed));
         let holder = opening.holder.clone();
-        // What is logged on behalf of a session says which. All of that is `debug`, and so is this:
-        // the room that a span takes is kept for spans to come, for good.
+        // What is logged on behalf of a session says which. Of level `debug`, as all of that is: the
+        // room that a span takes is kept for spans to come, for good. Sessions that are older than
+        // a change to that level are logged without.
         let span = tracing::debug_span!("session", session = id.0);
         span.in_scope(|| {
             let (transport, dialled) = (Transport::label_of(opening.transport), opening.dialled.is_some());
@@ -339,7 +340,9 @@ impl Reader {
     }
 
     fn judge(&self, frame: &Frame) -> Result<Grant, Refusal> {
-        self.context.verifier.verify(&frame.cap, &self.holder, self.context.clock.unix_ms())
+        let clock = &self.context.clock;
+        let time = CoreClock { now: clock.now(), unix_ms: clock.unix_ms() };
+        self.context.verifier.verify(&frame.cap, &self.holder, time)
     }
 }
 

@@ -4,7 +4,6 @@ use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -36,7 +35,7 @@ impl Target {
         Self::start_under(profile, &[], change)
     }
 
-    /// The same under another program, with its options: prlimit(1), or env(1).
+    /// The same under another program, with its options: prlimit(1).
     pub(crate) fn start_under(
         profile: Profile,
         under: &[&str],

@@ -67,7 +67,7 @@ impl Daemon {
         Self::start_with(profile, &[], authority, peers, change)
     }
 
-    /// The same under another program, with its options: prlimit(1), or env(1).
+    /// The same under another program, with its options: prlimit(1).
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -239,14 +239,14 @@ impl Daemon {
     }
 
     /// Waits until the memory resident is back to `base` KiB and 5% (**M**), and 3% of what it took
-    /// at the most: for every run of pages that it ever held, jemalloc keeps a descriptor of 128
-    /// bytes, for those to come.
+    /// at the most, but 3 MiB: for every run of pages that it ever held, jemalloc keeps a descriptor
+    /// of 128 bytes, for those to come.
     ///
     /// # Errors
     /// It is not within a minute.
     pub fn until_memory_is_back(&self, base: u64) -> Result<()> {
         let peak = self.process.most_resident_kib()?;
-        let most = base + base / 20 + peak.saturating_sub(base) * 3 / 100;
+        let most = base + base / 20 + (peak.saturating_sub(base) * 3 / 100).min(3 * 1_024);
         let after = wait::until("the memory to be given back", 2 * LIMIT, || {
             let resident = self.resident_kib()?;
             Ok(match resident <= most {

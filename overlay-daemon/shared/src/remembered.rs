@@ -10,7 +10,7 @@ use crate::sync::{Arc, Mutex, lock};
 
 /// Values by key, all of one generation, which only grows. Bounded: past it, the one that was
 /// asked for least recently is forgotten, as is what nobody asks for any more, if told to. Clones
-/// share what is remembered. Milliseconds are by the caller's clock, whichever that is.
+/// share what is remembered. Milliseconds are by a clock of the caller's that never goes back.
 pub struct Remembered<K: Hash + Eq, V>(Arc<Mutex<Generation<K, V>>>);
 
 struct Generation<K: Hash + Eq, V> {

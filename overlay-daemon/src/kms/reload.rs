@@ -118,7 +118,7 @@ impl Keys {
                 // Who asks wants to hear what is wrong, though it was said before.
                 Ok(()) = asked.changed() => self.forget_refusal(),
             }
-            self.verifier.forget_unused(clock.unix_ms());
+            self.verifier.forget_unused(clock.now());
             let keys = Arc::clone(&self);
             let Ok(outcome) = tokio::task::spawn_blocking(move || keys.reload(clock.unix_ms())).await else { continue };
             if let Reload::Refused(errors) = outcome {

@@ -1,13 +1,17 @@
 //! Which key material is taken, which tokens are believed, and when new keys replace old.
 
+use overlay_core::Millis;
 use overlay_core::config::KeyExchange;
 use overlay_core::grant::Holder;
+use overlay_core::node::Clock as CoreClock;
 use overlay_core::status::Status;
 use serde_json::{Value, json};
 
 use super::authority::{Authority, LeafOptions, NAMES, NODE, NOW_MS, TokenRoot, Volume, base64url, local_claims};
 use super::reload::Reload;
 use super::*;
+
+const NOW: CoreClock = CoreClock { now: Millis(0), unix_ms: NOW_MS };
 
 fn load(volume: &Volume) -> Result<Keys, Vec<KmsError>> {
     let (tls, token) = volume.config(KeyExchange::RequireHybrid);
@@ -111,7 +115,7 @@ fn k3_k4_k5_tokens_that_are_refused() {
     let keys = load(&Volume::new(&files)).unwrap();
     let verifier = keys.verifier();
     let verify = |token: &str| {
-        let grant = verifier.verify(token.as_bytes(), &Holder::Local, NOW_MS);
+        let grant = verifier.verify(token.as_bytes(), &Holder::Local, NOW);
         grant.map(|_| "granted").map_err(|refusal| (refusal.status, refusal.message))
     };
     let header = |change: Value| {
@@ -239,9 +243,39 @@ fn k3_every_other_algorithm_is_refused() {
     ] {
         let header = json!({"alg": alg, "typ": "JWT", "kid": root.kid}).to_string();
         let token = root.sign(&header, &local_claims().to_string());
-        let refusal = verifier.verify(token.as_bytes(), &Holder::Local, NOW_MS).unwrap_err();
+        let refusal = verifier.verify(token.as_bytes(), &Holder::Local, NOW).unwrap_err();
         assert_eq!(refusal.status, Status::Unauthorized, "{alg}");
     }
+}
+
+/// M1: what is remembered of tokens is bounded in bytes too, and is forgotten once nobody shows
+/// them, whatever the wall clock does meanwhile.
+#[test]
+fn m1_short_tokens_are_remembered_while_they_are_shown() {
+    let root = TokenRoot::new();
+    let keys = load(&Volume::new(&Volume::files(&Authority::new(), &root, LeafOptions::default()))).unwrap();
+    let verifier = keys.verifier();
+    let padded = |length: usize| {
+        let mut claims = local_claims();
+        claims["topics"] = json!(["x".repeat(200), "y".repeat(200), "z".repeat(length)]);
+        root.mint(&claims)
+    };
+    let tokens: Vec<_> = (1..200).map(padded).collect();
+    let longest = tokens.iter().rfind(|token| token.len() <= 1_024).unwrap();
+    let longer = tokens.iter().find(|token| token.len() > 1_024).unwrap();
+    let show = |token: &str, now, unix_ms| {
+        let time = CoreClock { now: Millis(now), unix_ms };
+        assert!(verifier.verify(token.as_bytes(), &Holder::Local, time).is_ok());
+    };
+    show(longest, 0, NOW_MS);
+    show(longer, 0, NOW_MS);
+    let remembers = |token: &str, now| verifier.remembers(token.as_bytes(), Millis(now));
+    assert_eq!([longest, longer].map(|token| remembers(token, 0)), [true, false]);
+    show(longest, 10_000, NOW_MS - 30_000);
+    verifier.forget_unused(Millis(30_000));
+    assert!(remembers(longest, 10_000), "shown 20 s ago");
+    verifier.forget_unused(Millis(30_001));
+    assert!(!remembers(longest, 30_001));
 }
 
 /// K6: what is too long is refused by its length, unread: a token of 64 KiB and one of 10,000
@@ -252,7 +286,7 @@ fn k6_a_token_past_its_bound_is_not_parsed() {
     let root = TokenRoot::new();
     let keys = load(&Volume::new(&Volume::files(&Authority::new(), &root, LeafOptions::default()))).unwrap();
     let verifier = keys.verifier();
-    let verify = |token: &str| verifier.verify(token.as_bytes(), &Holder::Local, NOW_MS).map_err(|r| r.message);
+    let verify = |token: &str| verifier.verify(token.as_bytes(), &Holder::Local, NOW).map_err(|r| r.message);
     let padded = |claims: Value| root.mint(&claims);
     let with = |name: &str, value: Value| {
         let mut claims = local_claims();
@@ -289,7 +323,7 @@ fn a_token_is_for_the_node_and_not_for_its_pod() {
     assert_eq!(keys.current().identity().as_str(), pod);
     assert_eq!(keys.current().audience().as_str(), NODE);
     let token = root.mint(&local_claims());
-    assert!(keys.verifier().verify(token.as_bytes(), &Holder::Local, NOW_MS).is_ok());
+    assert!(keys.verifier().verify(token.as_bytes(), &Holder::Local, NOW).is_ok());
 }
 
 /// A swapped volume is noticed, a bad one changes nothing, and a key
@@ -301,8 +335,7 @@ fn keys_are_replaced_whole_or_not_at_all() {
     let mut volume = Volume::new(&first);
     let keys = load(&volume).unwrap();
     let verifier = keys.verifier();
-    let known =
-        |root: &TokenRoot| verifier.verify(root.mint(&local_claims()).as_bytes(), &Holder::Local, NOW_MS).is_ok();
+    let known = |root: &TokenRoot| verifier.verify(root.mint(&local_claims()).as_bytes(), &Holder::Local, NOW).is_ok();
     assert!(known(&root) && !known(&next));
     assert!(matches!(keys.reload(NOW_MS), Reload::Unchanged));
 
@@ -359,7 +392,7 @@ fn t6_a_broken_reload_keeps_the_old() {
         let mut volume = Volume::new(&good);
         let keys = load(&volume).unwrap();
         let before = keys.current();
-        let known = || keys.verifier().verify(good[4].trim().as_bytes(), &Holder::Local, NOW_MS).is_ok();
+        let known = || keys.verifier().verify(good[4].trim().as_bytes(), &Holder::Local, NOW).is_ok();
         volume.swap(&files);
         let Reload::Refused(errors) = keys.reload(NOW_MS) else { panic!("{case}") };
         let said: Vec<String> = errors.iter().map(ToString::to_string).collect();

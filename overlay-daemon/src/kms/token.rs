@@ -6,8 +6,10 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use jsonwebtoken::{Algorithm, DecodingKey, Header, Validation, decode, decode_header};
+use overlay_core::Millis;
 use overlay_core::frame::MAX_CAP;
 use overlay_core::grant::{Claims, Grant, Holder, SignedBy, TokenKey};
+use overlay_core::node::Clock as CoreClock;
 use overlay_core::status::{Refusal, Status};
 use overlay_shared::Remembered;
 use serde::Deserialize;
@@ -20,9 +22,9 @@ use super::KeySet;
 pub const MAX_TOKEN_KEYS: usize = 64;
 /// Tokens whose signature is remembered: past it, the one that was shown least recently is
 /// verified anew when it comes back.
-const REMEMBERED_TOKENS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(4_095);
-/// Longer ones, of many topics, are verified each time: what a list of topics takes when it is
-/// read is ten times what it is long, and no budget counts it.
+const REMEMBERED_TOKENS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1_023);
+/// Longer ones, of many topics, are verified each time: lists take ten times in memory what they do
+/// in a token. So at most 10 MiB are remembered, and with tokens as they mostly are, less than one.
 const REMEMBERED_BYTES: usize = 1_024;
 /// How long one is remembered that is not shown again.
 const REMEMBERED_MS: u64 = 20_000;
@@ -161,8 +163,13 @@ impl Verifier {
     }
 
     /// Forgets the tokens that nobody showed for a while.
-    pub(super) fn forget_unused(&self, unix_ms: u64) {
-        self.cache.forget_unused(unix_ms.saturating_sub(REMEMBERED_MS));
+    pub(super) fn forget_unused(&self, now: Millis) {
+        self.cache.forget_unused(now.0.saturating_sub(REMEMBERED_MS));
+    }
+
+    #[cfg(test)]
+    pub(super) fn remembers(&self, cap: &[u8], now: Millis) -> bool {
+        self.cache.get(self.keys.borrow().generation(), &blake3::hash(cap), now.0).is_some()
     }
 
     /// The keys that it follows.
@@ -171,12 +178,12 @@ impl Verifier {
         self.keys.clone()
     }
 
-    /// What `cap` grants to `holder` at `unix_ms`, milliseconds since 1970.
+    /// What `cap` grants to `holder` at `time`.
     ///
     /// # Errors
     /// 401: no token, one past its bound, signed by no key that is believed, or with claims
     /// that [`Grant::new`] refuses.
-    pub fn verify(&self, cap: &[u8], holder: &Holder, unix_ms: u64) -> Result<Grant, Refusal> {
+    pub fn verify(&self, cap: &[u8], holder: &Holder, time: CoreClock) -> Result<Grant, Refusal> {
         if cap.is_empty() {
             return Err(Refusal::new(Status::Unauthorized, "START carries no capability token"));
         }
@@ -184,20 +191,20 @@ impl Verifier {
             return Err(Refusal::new(Status::Unauthorized, "the token is too long"));
         }
         let keys = Arc::clone(&self.keys.borrow());
-        let (claims, key) = self.claims(&keys, cap, unix_ms)?;
-        Grant::new(claims, SignedBy { key, generation: keys.generation() }, keys.audience(), holder, unix_ms)
+        let (claims, key) = self.claims(&keys, cap, time.now)?;
+        Grant::new(claims, SignedBy { key, generation: keys.generation() }, keys.audience(), holder, time.unix_ms)
     }
 
-    fn claims(&self, keys: &KeySet, cap: &[u8], unix_ms: u64) -> Result<Signed, Refusal> {
+    fn claims(&self, keys: &KeySet, cap: &[u8], now: Millis) -> Result<Signed, Refusal> {
         if cap.len() > REMEMBERED_BYTES {
             return keys.token_keys.claims(cap);
         }
         let id = blake3::hash(cap);
-        if let Some(claims) = self.cache.get(keys.generation(), &id, unix_ms) {
+        if let Some(claims) = self.cache.get(keys.generation(), &id, now.0) {
             return Ok(claims);
         }
         let claims = keys.token_keys.claims(cap)?;
-        self.cache.put(keys.generation(), id, claims.clone(), unix_ms);
+        self.cache.put(keys.generation(), id, claims.clone(), now.0);
         Ok(claims)
     }
 }

@@ -6,6 +6,9 @@
 //! Not under the ThreadSanitizer: it sees no lock of jemalloc's, and would take memory that is
 //! used again for a race.
 
+const _SETTINGS: &str =
+    env!("JEMALLOC_SYS_WITH_MALLOC_CONF", "build from within the repository: .cargo/config.toml has the settings");
+
 #[cfg(not(tsan))]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
@@ -15,7 +18,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 ///
 /// # Errors
 /// The system gives no thread.
-pub(crate) fn give_back() -> Result<(), String> {
+pub(crate) fn start_giving_back() -> Result<(), String> {
     #[cfg(not(tsan))]
     tikv_jemalloc_ctl::background_thread::write(true).map_err(|error| format!("no thread for memory: {error}"))?;
     Ok(())

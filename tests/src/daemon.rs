@@ -238,15 +238,15 @@ impl Daemon {
         self.process.resident_kib()
     }
 
-    /// Waits until the memory resident is back to `base` KiB and 5% (**M**), and 3% of what it took
-    /// at the most, but 3 MiB: for every run of pages that it ever held, jemalloc keeps a descriptor
-    /// of 128 bytes, for those to come.
+    /// Waits until the memory resident is back to `base` KiB and 5% (**M**), and what jemalloc keeps
+    /// of the most that there was: for every run of pages that it ever held a descriptor of 128
+    /// bytes, for those to come; a run of small objects is one page of 4 KiB at the least.
     ///
     /// # Errors
     /// It is not within a minute.
     pub fn until_memory_is_back(&self, base: u64) -> Result<()> {
         let peak = self.process.most_resident_kib()?;
-        let most = base + base / 20 + (peak.saturating_sub(base) * 3 / 100).min(3 * 1_024);
+        let most = base + base / 20 + peak.saturating_sub(base) * 128 / 4_096;
         let after = wait::until("the memory to be given back", 2 * LIMIT, || {
             let resident = self.resident_kib()?;
             Ok(match resident <= most {

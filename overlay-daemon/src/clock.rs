@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use overlay_core::Millis;
+use overlay_core::node::Clock as CoreClock;
 use tokio::time::Instant;
 
 /// Time since the process began, and time of day. Copies share their zero.
@@ -23,6 +24,12 @@ impl Clock {
     #[must_use]
     pub fn now(&self) -> Millis {
         Millis(u64::try_from(self.zero.elapsed().as_millis()).unwrap_or(u64::MAX))
+    }
+
+    /// Now, on both clocks that the core is told.
+    #[must_use]
+    pub fn time(&self) -> CoreClock {
+        CoreClock { now: self.now(), unix_ms: self.unix_ms() }
     }
 
     /// The instant for a timer that fires at `at`.

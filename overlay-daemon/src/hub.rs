@@ -13,7 +13,7 @@ use overlay_core::control::{Open, parse};
 use overlay_core::frame::{AppProto, Flags, Frame};
 use overlay_core::gossip::Counts;
 use overlay_core::grant::{Grant, TokenKey};
-use overlay_core::node::{Clock as CoreClock, Node, Opening, Output, SessionId};
+use overlay_core::node::{Node, Opening, Output, SessionId};
 use overlay_core::readiness::Report;
 use overlay_core::status::{Refusal, Status};
 use prometheus::IntGauge;
@@ -206,10 +206,6 @@ struct Turn {
 }
 
 impl Turn {
-    fn time(&self) -> CoreClock {
-        CoreClock { now: self.clock.now(), unix_ms: self.clock.unix_ms() }
-    }
-
     fn handle(&mut self, input: Input) {
         match input {
             Input::Open { id, opening, group, writer, gate } => {
@@ -224,7 +220,7 @@ impl Turn {
             }
             Input::Frame { id, frame, grant, at, held } => {
                 let (route, answers) = (self.route(id, &frame), self.node.answers());
-                self.node.handle_frame(id, frame, grant, self.time());
+                self.node.handle_frame(id, frame, grant, self.clock.time());
                 drop(held);
                 self.greet(id);
                 // A chunk that awaits others is no request.
@@ -232,7 +228,7 @@ impl Turn {
                     self.metrics.latency(route).observe(at.elapsed().as_secs_f64());
                 }
             }
-            Input::Unread(id, frame, refusal) => self.node.handle_unread(id, frame, &refusal, self.time()),
+            Input::Unread(id, frame, refusal) => self.node.handle_unread(id, frame, &refusal, self.clock.time()),
             Input::Broken(id, status) => self.node.handle_framing_error(id, status),
             Input::Closed(id) => {
                 self.node.handle_closed(id);
@@ -247,7 +243,7 @@ impl Turn {
                 // What was decided is about the places as they were.
                 self.carry_out_all();
                 self.peers = peers;
-                self.node.handle_peers(self.peers.places.clone(), self.time());
+                self.node.handle_peers(self.peers.places.clone(), self.clock.time());
                 for (place, up) in self.peers.up.iter().enumerate() {
                     up.send_replace(self.node.is_up(place));
                 }
@@ -304,7 +300,7 @@ impl Turn {
 
     /// Ends a turn: deadlines, then what goes out, then what is told.
     fn finish(&mut self) {
-        let time = self.time();
+        let time = self.clock.time();
         if self.node.poll_timeout().is_some_and(|at| at <= time.now) {
             self.node.handle_timeout(time);
         }

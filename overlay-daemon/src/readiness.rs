@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use overlay_core::config::Readiness;
-use overlay_core::node::Clock as CoreClock;
 use overlay_core::readiness::{Facts, Gate, Report};
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
@@ -65,8 +64,7 @@ impl Watch {
                 Ok(()) = self.draining.changed() => {}
             }
             gate.handle_config(&self.config.borrow());
-            let clock = CoreClock { now: self.clock.now(), unix_ms: self.clock.unix_ms() };
-            let report = gate.handle_facts(&self.facts(), clock);
+            let report = gate.handle_facts(&self.facts(), self.clock.time());
             self.metrics.ready(report.ready);
             if *self.report.borrow() != report {
                 log_change(&self.report.borrow(), &report);

@@ -18,7 +18,7 @@ use overlay_core::config::Transport;
 use overlay_core::frame::{Flags, Frame};
 use overlay_core::grant::{Grant, Holder};
 use overlay_core::memory::WRITE_BYTES;
-use overlay_core::node::{Clock as CoreClock, Opening, SessionId};
+use overlay_core::node::{Opening, SessionId};
 use overlay_core::status::{Reason, Refusal, Status};
 use overlay_core::{codec, compress};
 pub use overlay_shared::{ReadBytes, Reading};
@@ -340,9 +340,7 @@ impl Reader {
     }
 
     fn judge(&self, frame: &Frame) -> Result<Grant, Refusal> {
-        let clock = &self.context.clock;
-        let time = CoreClock { now: clock.now(), unix_ms: clock.unix_ms() };
-        self.context.verifier.verify(&frame.cap, &self.holder, time)
+        self.context.verifier.verify(&frame.cap, &self.holder, self.context.clock.time())
     }
 }
 

@@ -249,10 +249,10 @@ impl Daemon {
         let most = base + base / 20 + peak.saturating_sub(base) * 128 / 4_096;
         let after = wait::until("the memory to be given back", 2 * LIMIT, || {
             let resident = self.resident_kib()?;
-            Ok(match resident <= most {
-                true => Look::Holds(resident),
-                false => Look::NotYet(format!("{resident} KiB, {base} before, {peak} at the most")),
-            })
+            if resident <= most {
+                return Ok(Look::Holds(resident));
+            }
+            Ok(Look::NotYet(format!("{resident} KiB, {base} before, {peak} at the most")))
         })?;
         println!("KiB resident: {base} before, {peak} at the most, {after} of {most} at the end");
         Ok(())

@@ -1,10 +1,12 @@
 //! Accept loops: TCP with TLS, QUIC, and the Unix socket. Each owns the tasks of the connections it
 //! accepted. Who may stay is decided by the handshake and the hub.
 
-use std::future::pending;
+use std::future::{pending, poll_fn};
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 
 use overlay_core::Millis;
 use overlay_core::status::Reason;
@@ -123,7 +125,7 @@ pub async fn tls(
             () = stop.accepting.cancelled(), if listener.is_some() => drop(listener.take()),
             () = callers.next() => {}
             accepted = next(&mut listener) => match accepted {
-                Ok(accepted) => { callers.handshakes.spawn(shake(accepted, keys.current())); }
+                Ok(accepted) => { callers.handshakes.spawn(in_steps(shake(accepted, keys.current()))); }
                 Err(error) => {
                     tracing::debug!(%error, "accepting failed");
                     let Context { metrics, clock, .. } = &callers.context;
@@ -139,6 +141,19 @@ pub async fn tls(
         }
     }
     callers.shutdown().await;
+}
+
+/// Runs a handshake, and after each of its steps whoever else waits for the processor
+/// (sched_yield(2)). Its thread's niceness is not enough: a thread that was chosen, however seldom,
+/// keeps its processor for milliseconds (Linux's EEVDF), and that is several handshakes (H).
+async fn in_steps<F: Future>(handshake: F) -> F::Output {
+    let mut handshake = pin!(handshake);
+    poll_fn(|context| {
+        let polled = handshake.as_mut().poll(context);
+        thread::yield_now();
+        polled
+    })
+    .await
 }
 
 async fn next(listener: &mut Option<Listener>) -> Result<Accepted, AcceptError> {

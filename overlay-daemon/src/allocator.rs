@@ -2,8 +2,7 @@
 //! allocates. glibc's keeps what a burst took, an arena for each thread: after 10,000 connections
 //! five times what the daemon had before them (**M** of the attack catalogue). How soon it goes
 //! back is compiled in: `.cargo/config.toml`. Not where memory is locked (`confine`: amnesia, on a
-//! machine with swap): the kernel takes back no page of it alone. To unmap them instead
-//! (`retain:false`) was tried once: S4's client was late four times in a row (**H**); with pages given back, none to two.
+//! machine with swap): the kernel takes back no page of it alone.
 //!
 //! Not under the ThreadSanitizer: it sees no lock of jemalloc's, and would take memory that is
 //! used again for a race.

@@ -67,6 +67,31 @@ pub struct SignedBy {
     pub generation: u64,
 }
 
+/// When a token is good: all that a stream keeps of it, whose lists may be long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Validity {
+    /// Its `nbf`, seconds since 1970.
+    not_before: u64,
+    /// Its `exp`, seconds since 1970.
+    expires: u64,
+}
+
+impl Validity {
+    /// Whether the token is valid at `unix_ms`, milliseconds since 1970.
+    ///
+    /// # Errors
+    /// 401 before `nbf` and from `exp` on.
+    pub fn check(self, unix_ms: u64) -> Result<(), Refusal> {
+        if unix_ms.saturating_add(CLOCK_SKEW_MS) < self.not_before.saturating_mul(1000) {
+            return Err(Refusal::new(Status::Unauthorized, "the token is not valid yet"));
+        }
+        if unix_ms >= self.expires.saturating_mul(1000) {
+            return Err(Refusal::new(Status::Unauthorized, "the token has expired"));
+        }
+        Ok(())
+    }
+}
+
 /// For how long a stream may stay open by the token that it was opened with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
@@ -97,7 +122,7 @@ impl fmt::Display for Holder {
 /// A token whose signature held, ready to be asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// Shared by every stream that the same token opens.
+    /// Shared with whoever remembers what was verified.
     claims: Arc<Claims>,
     signed_by: SignedBy,
 }
@@ -130,22 +155,14 @@ impl Grant {
             return no("the token belongs to another holder");
         }
         let grant = Self { claims, signed_by };
-        grant.check_time(unix_ms)?;
+        grant.validity().check(unix_ms)?;
         Ok(grant)
     }
 
-    /// Whether the token is valid at `unix_ms`, milliseconds since 1970.
-    ///
-    /// # Errors
-    /// 401 before `nbf` and from `exp` on.
-    pub fn check_time(&self, unix_ms: u64) -> Result<(), Refusal> {
-        if unix_ms.saturating_add(CLOCK_SKEW_MS) < self.claims.nbf.saturating_mul(1000) {
-            return Err(Refusal::new(Status::Unauthorized, "the token is not valid yet"));
-        }
-        if unix_ms >= self.claims.exp.saturating_mul(1000) {
-            return Err(Refusal::new(Status::Unauthorized, "the token has expired"));
-        }
-        Ok(())
+    /// When the token is good.
+    #[must_use]
+    pub fn validity(&self) -> Validity {
+        Validity { not_before: self.claims.nbf, expires: self.claims.exp }
     }
 
     /// For how long a stream that it opens may stay open.
@@ -230,7 +247,7 @@ mod tests {
             (i64::MAX, false),
         ] {
             let at = u64::try_from(at).unwrap();
-            assert_eq!(grant.check_time(at).is_ok(), good, "{at}");
+            assert_eq!(grant.validity().check(at).is_ok(), good, "{at}");
             let made = Grant::new(claims(), signed_by(), &NODE.parse().unwrap(), &Holder::Local, at);
             assert_eq!(made.is_ok(), good, "{at}");
         }

@@ -14,7 +14,7 @@ use crate::config::{DaemonConfig, Transport};
 use crate::control::{DaemonHello, Incarnation};
 use crate::frame::{AppProto, Flags, Frame};
 use crate::gossip::{Held, LinkId, Outlet};
-use crate::grant::{Grant, Holder};
+use crate::grant::{Holder, Validity};
 use crate::identity::{SpiffeId, TenantId, Topic};
 use crate::lanes::{Class, Lanes};
 use crate::memory::{Budget, FRAME_BYTES, SESSION_BYTES, STREAM_BYTES, TOPIC_BYTES, WRITE_BYTES};
@@ -51,7 +51,8 @@ pub(super) struct Remote {
 pub(super) enum Kind {
     Publish {
         topic: Topic,
-        grant: Box<Grant>,
+        /// Of the token that opened it, or renewed it last.
+        valid: Validity,
         upload: Upload,
     },
     Subscribe {

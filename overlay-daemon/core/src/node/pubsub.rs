@@ -120,7 +120,7 @@ impl Node {
         self.admit_write(size)?;
         let stream = self.sessions.get_mut(&id).and_then(|entry| entry.session.stream_mut(corr_id));
         match stream.map(|stream| &stream.kind) {
-            Some(Kind::Publish { grant, .. }) => grant.check_time(clock.unix_ms),
+            Some(Kind::Publish { valid, .. }) => valid.check(clock.unix_ms),
             _ => Err(Refusal::new(Status::BadRequest, "not a publish stream")),
         }
     }

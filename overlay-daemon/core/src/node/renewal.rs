@@ -53,9 +53,9 @@ impl Node {
         }
         let (tenant, lease) = (stream.tenant, grant.lease());
         match &mut stream.kind {
-            Kind::Publish { topic, grant: by, .. } => {
+            Kind::Publish { topic, valid, .. } => {
                 grant.permit(Action::Publish, tenant, Some(topic))?;
-                **by = grant;
+                *valid = grant.validity();
             }
             Kind::Subscribe { topics, .. } => {
                 topics.iter().try_for_each(|topic| grant.permit(Action::Subscribe, tenant, Some(topic)))?;

@@ -59,7 +59,7 @@ impl Node {
             (AppProto::PUBSUB, Open::Publish { topic }) => {
                 grant.permit(Action::Publish, start.tenant, Some(&topic))?;
                 self.admit_write(0)?;
-                self.admit_stream(Kind::Publish { topic, grant: Box::new(grant), upload: Upload::None }).map(Some)
+                self.admit_stream(Kind::Publish { topic, valid: grant.validity(), upload: Upload::None }).map(Some)
             }
             (AppProto::PUBSUB, Open::Subscribe { topics }) => {
                 if start.flags.has(Flags::END) {

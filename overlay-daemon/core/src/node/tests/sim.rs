@@ -214,7 +214,14 @@ impl Sim {
 
     /// A grant for the local client, of a token that differs in something.
     pub(super) fn granted(&self, signed_by: SignedBy, change: impl Fn(&mut Claims)) -> Grant {
-        let mut claims = Claims {
+        let mut claims = self.claims();
+        change(&mut claims);
+        Grant::new(claims, signed_by, &identity(0).without_pod(), &Holder::Local, UNIX_MS).unwrap()
+    }
+
+    /// Of a token for the local client.
+    pub(super) fn claims(&self) -> Claims {
+        Claims {
             aud: identity(0).without_pod(),
             sub: LOCAL_HOLDER.into(),
             tenants: vec![TenantId(0)],
@@ -222,9 +229,7 @@ impl Sim {
             actions: vec![Action::Publish, Action::Subscribe, Action::Admin],
             nbf: 0,
             exp: u64::MAX / 1000,
-        };
-        change(&mut claims);
-        Grant::new(claims, signed_by, &identity(0).without_pod(), &Holder::Local, UNIX_MS).unwrap()
+        }
     }
 
     fn opened(&mut self, node: usize, open: &Open) -> SessionId {

@@ -1,5 +1,7 @@
 //! Streams and their tokens: when they end, and how they go on by another.
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
 use super::sim::{SIGNED_BY, UNIX_MS};
@@ -37,6 +39,21 @@ fn send(sim: &mut Sim, client: SessionId, corr_id: u64, record: &Publish) {
     let frame = Frame::new(Flags::REQ, AppProto::PUBSUB, TenantId(0), corr_id, record.encode());
     let clock = sim.clock();
     sim.nodes[0].handle_frame(client, frame, None, clock);
+}
+
+/// M1: a token's lists may be long, and no budget counts them: streams keep none.
+#[test]
+fn m1_a_stream_keeps_only_when_its_token_is_good() {
+    let mut sim = Sim::new(1);
+    let claims = Arc::new(sim.claims());
+    let grant = || Grant::new(Arc::clone(&claims), SIGNED_BY, &claims.aud, &Holder::Local, UNIX_MS).unwrap();
+    for open in [publishing(), subscribe()] {
+        let client = sim.opened_by(0, &open, grant());
+        sim.client_starts(0, client, renewal(3, 5), Some(grant()));
+        sim.run(1);
+        assert_eq!(answers(&sim.client_frames(0, client)), [(200, 3, 0), (200, 5, 0), (200, 3, END)]);
+    }
+    assert_eq!(Arc::strong_count(&claims), 1);
 }
 
 /// K1: a token that dies mid-stream cuts the stream, whatever it is for, at its time and not

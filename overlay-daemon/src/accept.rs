@@ -7,6 +7,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use overlay_core::Millis;
 use overlay_core::status::Reason;
@@ -14,6 +15,7 @@ use tokio::runtime::Handle;
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::Clock;
 use crate::kms::{KeySet, Keys};
 use crate::metrics::Metrics;
 use crate::session::Context;
@@ -125,7 +127,7 @@ pub async fn tls(
             () = stop.accepting.cancelled(), if listener.is_some() => drop(listener.take()),
             () = callers.next() => {}
             accepted = next(&mut listener) => match accepted {
-                Ok(accepted) => { callers.handshakes.spawn(in_steps(shake(accepted, keys.current()))); }
+                Ok(accepted) => { callers.handshakes.spawn(in_steps(shake(accepted, keys.current()), callers.context.clock)); }
                 Err(error) => {
                     tracing::debug!(%error, "accepting failed");
                     let Context { metrics, clock, .. } = &callers.context;
@@ -143,14 +145,22 @@ pub async fn tls(
     callers.shutdown().await;
 }
 
-/// Runs a handshake, and after each of its steps whoever else waits for the processor
-/// (sched_yield(2)). Its thread's niceness is not enough: a thread that was chosen, however seldom,
-/// keeps its processor for milliseconds (Linux's EEVDF), and that is several handshakes (H).
-async fn in_steps<F: Future>(handshake: F) -> F::Output {
+/// A poll that took longer has computed for a handshake, and not just read a few bytes.
+const COSTLY: Duration = Duration::from_micros(50);
+
+/// Runs a handshake, and offers the processor to other threads after each [costly](COSTLY) poll
+/// (sched_yield(2)). Niceness decides how often a thread is chosen, not for how long: under Linux's
+/// EEVDF it then runs for milliseconds, which is several handshakes, and a session that it preempted
+/// waits for all of them (S4's H). Not after every poll: callers who send byte by byte (T1) would
+/// have everybody's handshakes wait for each byte. Not over QUIC: [`crate::runtime`].
+async fn in_steps<F: Future>(handshake: F, clock: Clock) -> F::Output {
     let mut handshake = pin!(handshake);
     poll_fn(|context| {
+        let began = clock.stamp();
         let polled = handshake.as_mut().poll(context);
-        thread::yield_now();
+        if began.elapsed() > COSTLY {
+            thread::yield_now();
+        }
         polled
     })
     .await

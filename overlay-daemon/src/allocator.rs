@@ -1,13 +1,15 @@
 //! Where the program's memory comes from, and that it goes back there: jemalloc(3), also for what C
 //! allocates. glibc's keeps what a burst took, an arena for each thread: after 10,000 connections
 //! five times what the daemon had before them (**M** of the attack catalogue). How soon it goes
-//! back is compiled in: `.cargo/config.toml`. Not where memory is locked (`confine`: amnesia, on a
-//! machine with swap): the kernel takes back no page of it alone.
+//! back is compiled in: `.cargo/config.toml`. Nothing goes back where memory is
+//! locked (mlockall(2) in `confine`: amnesia, on a machine with swap): the kernel does not take
+//! single locked pages.
 //!
 //! Not under the ThreadSanitizer: it sees no lock of jemalloc's, and would take memory that is
 //! used again for a race.
 
-const _SETTINGS: &str =
+// Fails a build that has not read .cargo/config.toml. What the settings are it does not check.
+const _: &str =
     env!("JEMALLOC_SYS_WITH_MALLOC_CONF", "build from within the repository: .cargo/config.toml has the settings");
 
 #[cfg(not(tsan))]
@@ -15,12 +17,12 @@ const _SETTINGS: &str =
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// Starts the allocator's own thread, which gives back what is free also where nobody allocates.
-/// Not before the process is confined: a thread that was there is not.
+/// To be called once the process is confined: a thread that runs before that is not.
 ///
 /// # Errors
 /// The system gives no thread.
-pub(crate) fn start_giving_back() -> Result<(), String> {
+pub(crate) fn start_giving_back() -> tikv_jemalloc_ctl::Result<()> {
     #[cfg(not(tsan))]
-    tikv_jemalloc_ctl::background_thread::write(true).map_err(|error| format!("no thread for memory: {error}"))?;
+    tikv_jemalloc_ctl::background_thread::write(true)?;
     Ok(())
 }

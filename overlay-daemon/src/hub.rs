@@ -374,7 +374,8 @@ impl Turn {
     }
 }
 
-/// Gives back what a table takes for many more than are in it. Once in as many removals as are left.
+/// Gives back what a table takes for many more than are in it. Seldom: it leaves room for twice what
+/// is in it, so half of that has to go before it happens again.
 fn give_room_back<K: Eq + Hash, V>(table: &mut HashMap<K, V>) {
     if table.capacity() > 4 * table.len().max(KEPT_ROOM) {
         table.shrink_to(2 * table.len().max(KEPT_ROOM));

@@ -72,7 +72,7 @@ fn daemon(args: &RunArgs) -> ExitCode {
         Err(error) => return fail(&format!("{error:#}")),
     };
     if let Err(error) = allocator::start_giving_back() {
-        return fail(&format!("cannot start: {error}"));
+        return fail(&format!("cannot start: no thread that gives memory back: {error}"));
     }
     let ended = Runtimes::start().and_then(|runtimes| {
         let ended = runtimes.wait_for(|callers| run(start, callers));

@@ -15,7 +15,7 @@ pub struct Remembered<K: Hash + Eq, V>(Arc<Mutex<Generation<K, V>>>);
 
 struct Generation<K: Hash + Eq, V> {
     number: u64,
-    /// With when it was last asked for.
+    /// Each with when it was put or last asked for, in milliseconds.
     values: LruCache<K, (V, u64)>,
 }
 

@@ -1,5 +1,6 @@
 //! Which set of keys is current. A new set replaces the old when all of it is valid; until
-//! then the old one stays, and whoever watches is told once.
+//! then the old one stays, and whoever watches is told once. With each look, tokens that nobody shows
+//! any more are forgotten.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

@@ -23,10 +23,11 @@ pub const MAX_TOKEN_KEYS: usize = 64;
 /// Tokens whose signature is remembered: past it, the one that was shown least recently is
 /// verified anew when it comes back.
 const REMEMBERED_TOKENS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1_023);
-/// Longer ones, of many topics, are verified each time: lists take ten times in memory what they do
-/// in a token. So at most 10 MiB are remembered, and with tokens as they mostly are, less than one.
+/// Bytes of the longest token that is remembered; longer ones, of many topics, are verified each time.
+/// By estimate lists take ten times in memory what they do in a token, so all that is remembered
+/// takes some 10 MiB at the most, which no budget counts, and mostly less than one.
 const REMEMBERED_BYTES: usize = 1_024;
-/// How long one is remembered that is not shown again.
+/// Milliseconds after it was last shown for which one is remembered, until the next look at the files.
 const REMEMBERED_MS: u64 = 20_000;
 
 /// The public keys whose tokens are believed, by key id.

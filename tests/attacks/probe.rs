@@ -21,14 +21,14 @@ use overlay_tests::wait::{self, Look, now};
 use rustix::thread::gettid;
 use rustls::{ClientConnection, StreamOwned};
 
-/// From one message to the next: as often as a session of a Micronode may send by default, and two
-/// fifths of what one of a Macronode may.
-const PACE: Duration = Duration::from_millis(5);
+/// From one message to the next: half of what a session of a Micronode may send by default, and a
+/// fifth of what one of a Macronode may.
+const PACE: Duration = Duration::from_millis(10);
 /// Bytes of a message.
 const SIZE: usize = 256;
 /// Messages of the quiet phase, and at least as many beside an attack that is made by
-/// [`Probe::beside`]. Six of them are later than its p99; two, as with 200, had it off by half.
-const QUIET: usize = 600;
+/// [`Probe::beside`]. Four of them are later than its p99; two, as with 200, had it off by half.
+const QUIET: usize = 400;
 /// How many times its quiet p99 the probe's p99 may be beside an attack (**H**).
 const MOST: f64 = 2.0;
 /// How often a row is run before the probe is late because of the daemon.

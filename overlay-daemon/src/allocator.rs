@@ -1,9 +1,8 @@
 //! Where the program's memory comes from, and that it goes back there: jemalloc(3), also for what C
 //! allocates. glibc's keeps what a burst took, an arena for each thread: after 10,000 connections
 //! five times what the daemon had before them (**M** of the attack catalogue). How soon it goes
-//! back is compiled in: `.cargo/config.toml`. Nothing goes back where memory is
-//! locked (mlockall(2) in `confine`: amnesia, on a machine with swap): the kernel does not take
-//! single locked pages.
+//! back is compiled in: `.cargo/config.toml`. Nothing goes back where memory is locked (mlockall(2)
+//! in `confine`: amnesia, on a machine with swap): the kernel does not take single locked pages.
 //!
 //! Not under the ThreadSanitizer: it sees no lock of jemalloc's, and would take memory that is
 //! used again for a race.

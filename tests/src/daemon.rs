@@ -239,8 +239,8 @@ impl Daemon {
     }
 
     /// Waits until the memory resident is back to `base` KiB and 5% (**M**), and what jemalloc keeps
-    /// of the most that there was since it started: for every run of pages that it ever held a descriptor of 128
-    /// bytes, for those to come; a run of small objects is one page of 4 KiB at the least.
+    /// of the most that there was since it started: a descriptor of 128 bytes for every run of pages
+    /// that it ever held, for those to come; a run of small objects is one page of 4 KiB at the least.
     ///
     /// # Errors
     /// It is not within a minute.

@@ -15,10 +15,11 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 use overlay_core::Millis;
 use overlay_core::config::Transport;
-use overlay_core::frame::{Flags, Frame};
+use overlay_core::frame::{Flags, Frame, HEADER_LEN};
 use overlay_core::grant::{Grant, Holder};
 use overlay_core::memory::WRITE_BYTES;
 use overlay_core::node::{Opening, SessionId};
+use overlay_core::record::MAX_RECORD;
 use overlay_core::status::{Reason, Refusal, Status};
 use overlay_core::{codec, compress};
 pub use overlay_shared::{ReadBytes, Reading};
@@ -39,6 +40,8 @@ use crate::transport::{Connection, Endpoints, LocalConnection, Proxy, Timing};
 /// Bytes that a read makes room for while much comes. A frame that claims more gets more as it
 /// comes, never for its claim alone.
 const READ_BYTES: usize = 64 * 1024;
+/// A frame with the largest record of gossip: what is larger holds nothing that cannot wait.
+const LARGEST_RECORD: usize = HEADER_LEN + MAX_RECORD;
 /// And while little comes.
 const SOME_BYTES: usize = 4 * 1024;
 /// And while nothing does: a session at rest keeps no more. A ping fits, and most answers.
@@ -278,7 +281,7 @@ impl Reader {
             if !buf.is_empty() && deadline.is_none() {
                 deadline = Some(self.context.clock.deadline(self.context.timing.now().read));
             }
-            if buf.len() > READ_BYTES && self.context.reading.bytes() > self.context.timing.now().max_reading {
+            if buf.len() > LARGEST_RECORD && self.context.reading.bytes() > self.context.timing.now().max_reading {
                 break Status::Unavailable;
             }
             if buf.is_empty() && buf.capacity() > room {

@@ -145,14 +145,25 @@ impl Lanes {
     /// Frames of any message that `class` still takes.
     #[must_use]
     pub fn room(&self, class: Class) -> usize {
+        self.room_of(class, 4)
+    }
+
+    /// The same of three quarters of the lane: the last one is for what was accepted here, which
+    /// nobody else can pass on, whatever others send to be passed on.
+    #[must_use]
+    pub fn room_in_transit(&self, class: Class) -> usize {
+        self.room_of(class, 3)
+    }
+
+    fn room_of(&self, class: Class, quarters: usize) -> usize {
         // Or a message of the largest size, taken whole or not at all, would never go.
         let depth = match class {
             Class::Control => self.control_depth,
-            Class::Interactive => self.depth,
-            Class::Bulk => self.depth.max(LARGEST),
+            Class::Interactive => self.depth * quarters / 4,
+            Class::Bulk => (self.depth * quarters / 4).max(LARGEST),
         };
         let lane = &self.lanes[class.index()];
-        let left = LANE_BYTES.saturating_sub(lane.bytes) / LARGEST_FRAME;
+        let left = (LANE_BYTES * quarters / 4).saturating_sub(lane.bytes) / LARGEST_FRAME;
         depth.saturating_sub(lane.frames.len()).min(left)
     }
 
@@ -288,6 +299,13 @@ impl Lanes {
     #[must_use]
     pub fn cost(&self) -> u64 {
         self.cost
+    }
+
+    /// What is queued of answers, as [`crate::memory`] counts it.
+    #[must_use]
+    pub fn unread(&self) -> u64 {
+        let lane = &self.lanes[Class::Control.index()];
+        lane.frames.len() as u64 * FRAME_BYTES + lane.bytes as u64
     }
 
     /// How full the fullest of the lanes for messages and chunks is, 0 to 100.

@@ -19,7 +19,8 @@
 //! the engine, for as long as any queue holds it. Counting it once a queue would shed a
 //! fan-out of 64 KiB to a thousand subscribers as 64 MiB.
 //!
-//! Used up, the budget refuses what would take more: sessions, uploads, messages to queues.
+//! Used up, the budget refuses what would take more: sessions, uploads, messages to queues, and
+//! answers to who does not read them.
 //! Writes are refused sooner, at `readiness.shed_at_percent` of it (I-6).
 
 use crate::admission::percent;
@@ -59,6 +60,12 @@ impl Budget {
     /// Another limit from now on; what is used stays used.
     pub fn resize(&mut self, limit: u64) {
         self.limit = limit;
+    }
+
+    /// Bytes that there are in all.
+    #[must_use]
+    pub fn limit(&self) -> u64 {
+        self.limit
     }
 
     /// Uses `bytes`, whatever the limit: they are taken already, or too few to matter.

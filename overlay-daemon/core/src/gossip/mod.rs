@@ -48,8 +48,9 @@ const PURGE_MS: u64 = 1_000;
 pub trait Outlet {
     /// Whether the link may carry `tenant`.
     fn has_stream(&self, link: LinkId, tenant: TenantId) -> bool;
-    /// Frames that the link's lane still takes for `tenant`; 0 where it has no such stream.
-    fn room(&self, link: LinkId, tenant: TenantId, class: Class) -> usize;
+    /// Frames that the link's lane still takes for `tenant`; 0 where it has no such stream. Of what
+    /// was not published here, not `is_ours`, it takes less.
+    fn room(&self, link: LinkId, tenant: TenantId, class: Class, is_ours: bool) -> usize;
     /// Queues a record. False, and nothing queued, where there is no room.
     fn send(&mut self, link: LinkId, tenant: TenantId, class: Class, payload: Bytes) -> bool;
     /// Whether the daemon's memory takes so many bytes more.
@@ -428,7 +429,7 @@ impl Engine {
             Some(chunk) => u32::try_from(chunk).ok().and_then(|n| chunks.checked_shr(n)).unwrap_or(0) & 1 == 1,
         };
         let count = (0..held.frames.len()).filter(|index| wanted(*index)).count();
-        if out.room(link, held.tenant, class) < count {
+        if out.room(link, held.tenant, class, held.hops == 0) < count {
             return false;
         }
         for (_, frame) in held.frames.iter().enumerate().filter(|(index, _)| wanted(*index)) {

@@ -17,7 +17,7 @@ impl Outlet for Sent {
     fn has_stream(&self, _: LinkId, _: TenantId) -> bool {
         true
     }
-    fn room(&self, _: LinkId, _: TenantId, _: Class) -> usize {
+    fn room(&self, _: LinkId, _: TenantId, _: Class, _: bool) -> usize {
         usize::MAX
     }
     fn send(&mut self, link: LinkId, _: TenantId, _: Class, payload: Bytes) -> bool {

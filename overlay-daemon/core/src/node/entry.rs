@@ -133,7 +133,7 @@ pub(super) struct Entry {
     /// Bytes that the streams take that the other side opened.
     pub(super) streams: u64,
     /// Bytes that the account holds for it.
-    claimed: u64,
+    pub(super) claimed: u64,
     pub(super) deadline: Option<Millis>,
 }
 
@@ -287,8 +287,9 @@ impl Outlet for Wire<'_> {
         self.stream(link, tenant).is_some()
     }
 
-    fn room(&self, link: LinkId, tenant: TenantId, class: Class) -> usize {
-        let room = self.stream(link, tenant).map_or(0, |(_, entry, _)| entry.lanes.room(class));
+    fn room(&self, link: LinkId, tenant: TenantId, class: Class, is_ours: bool) -> usize {
+        let room = |entry: &Entry| if is_ours { entry.lanes.room(class) } else { entry.lanes.room_in_transit(class) };
+        let room = self.stream(link, tenant).map_or(0, |(_, entry, _)| room(entry));
         if self.has_memory(WRITE_BYTES as u64) { room } else { 0 }
     }
 

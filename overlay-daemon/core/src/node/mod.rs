@@ -31,13 +31,14 @@ use crate::gossip::{Counts, Engine, LinkId, Me};
 use crate::grant::{Grant, Holder};
 use crate::identity::SpiffeId;
 use crate::lanes::Class;
-use crate::memory::{Budget, QUIC_BYTES, WRITE_BYTES};
+use crate::memory::{Budget, FRAME_BYTES, QUIC_BYTES, WRITE_BYTES};
 use crate::readiness::Report;
 use crate::session::{Event, Role, Session, State, Tick, Timers};
 use crate::status::{Reason, Refusal, Status};
 
 use entry::{Entry, Kind, Party, Wire};
 use pubsub::Subscriptions;
+use streams::STOPPING;
 use tokens::{Believed, Leases};
 
 /// A session, for as long as the process lives.
@@ -230,9 +231,7 @@ impl Node {
     /// wait for that already.
     pub fn handle_open(&mut self, id: SessionId, opening: Opening, now: Millis) -> bool {
         let mut turned_away = self.find_place(&opening).err();
-        if turned_away.as_ref().is_some_and(|refusal| refusal.status == Status::QuotaExhausted)
-            && self.take_over_place(now)
-        {
+        if turned_away.as_ref().is_some_and(|refusal| *refusal != STOPPING) && self.take_over_place(now) {
             turned_away = None;
         }
         if let Some(refusal) = &turned_away
@@ -424,6 +423,7 @@ impl Node {
             self.housekeeping_at = now.after(HOUSEKEEPING_MS);
             self.refuse_stalled_uploads(now);
             self.back_off_under_pressure(now);
+            self.close_idle_under_pressure(now);
             self.close_leaving(now);
             self.renew_again(now);
         }
@@ -540,12 +540,16 @@ impl Node {
     }
 
     /// Queues a frame; a session whose control lane is full does not read its answers, and
-    /// is closed.
+    /// is closed. Full is also what holds more than its [part](Self::unread_part) of memory that is
+    /// used up.
     fn push(&mut self, id: SessionId, class: Class, frame: Frame) {
+        let (others, part) = (self.others(), self.unread_part());
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let counted = counts_as_answer(&frame);
         self.answers += u64::from(frame.flags.has(Flags::RESP) && frame.code != pace::PARTIAL);
-        if entry.lanes.push(class, frame).is_err() {
+        let more = FRAME_BYTES + frame.payload.len() as u64;
+        let fits = entry.lanes.unread() + more <= part || self.memory.has_room(others, more, 100);
+        if !fits || entry.lanes.push(class, frame).is_err() {
             if !entry.closing {
                 entry.closing = true;
                 self.outputs.push_back(Output::Rejected(Reason::Overflow));
@@ -602,11 +606,12 @@ impl Node {
 }
 
 /// Whether a queued frame answers a request that was taken, which is in flight until the writer
-/// has it. A refused one never was: whoever sends many and reads nothing takes no place from
-/// others, and ends by its full lane. An acknowledgement answers nothing.
+/// has it. A refused one never was, nor was the end of a stream, which no quota is asked for:
+/// whoever sends many and reads nothing takes no place from others, and ends by its full lane. An
+/// acknowledgement answers nothing.
 fn counts_as_answer(frame: &Frame) -> bool {
     let taken = frame.code < Status::BadRequest.code() && frame.code != pace::PARTIAL;
-    frame.flags.has(Flags::RESP) && frame.app != AppProto::CONTROL && taken
+    frame.flags.has(Flags::RESP) && !frame.flags.has(Flags::END) && frame.app != AppProto::CONTROL && taken
 }
 
 #[cfg(test)]

@@ -2,16 +2,20 @@
 //! keeps one, and as many as memory takes. Who finds no place is told so at HELLO.
 
 use super::streams::STOPPING;
-use super::{Entry, Node, Opening};
+use super::{Entry, Node, Opening, SessionId};
 use crate::Millis;
 use crate::grant::Holder;
 use crate::identity::SpiffeId;
-use crate::memory::SESSION_BYTES;
+use crate::memory::{FRAME_BYTES, SESSION_BYTES};
 use crate::status::{Reason, Refusal, Status};
 
 /// Callers that wait to be told that there is no place, at once: they hold no place meanwhile,
 /// and past it the rest is closed without a word.
 pub(super) const MAX_TURNED_AWAY: usize = 256;
+
+/// Answers that a client who reads may have waiting: some it asked for at once, while its writer
+/// is busy.
+const UNREAD_BYTES: u64 = 64 * FRAME_BYTES;
 
 const FULL: Refusal = Refusal::later(Status::QuotaExhausted, "the daemon has as many sessions as it may", 1_000);
 pub(super) const NO_MEMORY: Refusal = Refusal::later(Status::Unavailable, "the daemon's memory is used up", 1_000);
@@ -42,19 +46,49 @@ impl Node {
         if taken + self.missing_peers() < most { Ok(()) } else { Err(FULL) }
     }
 
-    /// All places are taken: the oldest session that had time to open a stream and has none gives
-    /// up its own. HELLO takes no token, so that whoever may connect could keep every place
-    /// otherwise. Whether there was one.
+    /// All places are taken, or all memory: the oldest session that had time to open a stream and
+    /// has none gives up its own. HELLO takes no token, so that whoever may connect could keep
+    /// every place otherwise. Whether there was one.
     pub(super) fn take_over_place(&mut self, now: Millis) -> bool {
+        let Some((id, _)) = self.idle(now).next() else { return false };
+        self.drop_session(id, Some(Reason::Quota));
+        true
+    }
+
+    /// Memory is as short as has writes shed (I-6): sessions that had time to open a stream and
+    /// have none go, the oldest first, until those that stay have enough. A session over QUIC
+    /// claims so much that they could otherwise keep a daemon from all its work, without a token.
+    pub(super) fn close_idle_under_pressure(&mut self, now: Millis) {
+        let enough = u128::from(self.memory.limit()) * u128::from(self.config.readiness.shed_at_percent) / 100;
+        let going: u64 = self.sessions.values().filter(|entry| entry.closing).map(|entry| entry.claimed).sum();
+        let mut used = u128::from(self.memory_used().saturating_sub(going));
+        let mut idle = Vec::new();
+        for (id, claimed) in self.idle(now) {
+            if used < enough {
+                break;
+            }
+            used = used.saturating_sub(claimed.into());
+            idle.push(id);
+        }
+        idle.into_iter().for_each(|id| self.drop_session(id, Some(Reason::Quota)));
+    }
+
+    /// Clients that had time to open a stream and have none, the oldest first, and what each claims.
+    fn idle(&self, now: Millis) -> impl Iterator<Item = (SessionId, u64)> {
         let patience = self.config.overlay.handshake_timeout_ms;
-        let is_idle = |entry: &Entry| {
+        let is_idle = move |entry: &Entry| {
             let is_client = entry.dialled.is_none() && entry.remote().is_none();
             let counts = entry.turned_away.is_none() && !entry.closing;
             is_client && counts && entry.session.ages(now).0 >= patience && entry.session.streams().next().is_none()
         };
-        let Some(id) = self.sessions.iter().find(|(_, entry)| is_idle(entry)).map(|(id, _)| *id) else { return false };
-        self.drop_session(id, Some(Reason::Quota));
-        true
+        self.sessions.iter().filter(move |(_, entry)| is_idle(entry)).map(|(id, entry)| (*id, entry.claimed))
+    }
+
+    /// What a session may leave unread of its answers once memory is used up: an equal part of all
+    /// that there is, beside what a session takes, and at the least [`UNREAD_BYTES`].
+    pub(super) fn unread_part(&self) -> u64 {
+        let part = self.memory.limit() / u64::from(self.config.overlay.max_sessions);
+        part.saturating_sub(SESSION_BYTES).max(UNREAD_BYTES)
     }
 
     /// Whether this is a configured peer's identity, with a session to come: each may have two,

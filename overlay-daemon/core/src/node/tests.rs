@@ -351,12 +351,30 @@ fn a_mebibyte_fits_the_shallowest_lane() {
     assert_eq!(chunks, 16);
 }
 
-/// I-9: refusals that are not read are nobody's requests in flight.
+/// I-9: refusals that are not read are nobody's requests in flight, nor are streams that ended.
 #[test]
 fn unread_refusals_take_no_place_in_flight() {
     let mut sim = Sim::new(1);
     let client = sim.publisher(0);
+    let grant = sim.grant();
+    let frame = |flags, corr_id| {
+        Frame::new(
+            Flags::REQ | flags,
+            AppProto::PUBSUB,
+            TenantId(0),
+            corr_id,
+            json(&Open::Publish { topic: TOPIC.parse().unwrap() }),
+        )
+    };
+    for stream in 0..20 {
+        sim.client_starts(0, client, frame(Flags::START, 5 + 2 * stream), Some(grant.clone()));
+    }
+    sim.run(100);
     sim.stall(0, client, true);
+    for stream in 0..20 {
+        sim.client_starts(0, client, frame(Flags::END, 5 + 2 * stream), None);
+    }
+    assert_eq!(sim.nodes[0].sessions[&client].session.streams().count(), 1);
     for _ in 0..200 {
         publish(
             &mut sim,

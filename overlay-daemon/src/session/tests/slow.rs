@@ -134,10 +134,17 @@ async fn s1_a_frame_at_38_bytes_a_second_is_cut() {
 /// Past what readers may hold, a large frame is refused; small ones go on.
 #[tokio::test(start_paused = true)]
 async fn m1_large_frames_are_refused_where_readers_hold_too_much() {
-    let mut scene = Scene::new(TransportConfig { max_reading: 100_000, ..CONFIG });
+    let mut scene = Scene::new(TransportConfig { max_reading: 50_000, ..CONFIG });
     let (stream, mut other) = duplex(1 << 20);
     let (_, _writer) = scene.open(stream).await;
     other.write_all(&codec::encoded(&frame(1_000)).unwrap()).await.unwrap();
+    assert!(matches!(scene.inputs.recv().await, Some(Input::Frame { .. })));
+    // The largest record of gossip, of which most has come: not one of them.
+    let record = codec::encoded(&frame(MAX_RECORD)).unwrap();
+    let (begun, rest) = record.split_at(READ_BYTES + 50);
+    other.write_all(begun).await.unwrap();
+    tokio::task::yield_now().await;
+    other.write_all(rest).await.unwrap();
     assert!(matches!(scene.inputs.recv().await, Some(Input::Frame { .. })));
     other.write_all(&codec::encoded(&frame(400_000)).unwrap()).await.unwrap();
     assert!(matches!(scene.inputs.recv().await, Some(Input::Broken(_, Status::Unavailable))));

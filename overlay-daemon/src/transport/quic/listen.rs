@@ -152,17 +152,22 @@ impl QuicAccepted {
         accepting.transport = parameters(1);
         let turn = handshakes.turn().await?;
         let mut connecting = incoming.accept_with(Arc::new(accepting))?;
-        let gives_way = async {
+        let gives_way = || async {
             sleep(config.handshake / SILENCE).await;
             handshakes.wanted().await;
         };
         tokio::select! {
             hello = connecting.handshake_data() => drop(hello?),
-            () = gives_way => return Err(HandshakeError::Crowded),
+            () = gives_way() => return Err(HandshakeError::Crowded),
         }
         let connection = connecting.await?;
+        // No session yet, so in no account but this one. A dialler's stream comes with the end of
+        // its handshake.
+        let stream = tokio::select! {
+            stream = connection.accept_bi() => stream?,
+            () = gives_way() => return Err(HandshakeError::Crowded),
+        };
         drop(turn);
-        let stream = connection.accept_bi().await?;
         establish(&connection, stream, deadline)
     }
 }

@@ -82,3 +82,30 @@ async fn a_dial_names_the_address() {
     let refused = dial_quic("no port", &keys.current(), &CONFIG, Clock::start(), &endpoints).await.unwrap_err();
     assert!(matches!(refused, DialError::Connect { .. }), "{refused}");
 }
+
+/// P-2: who finishes its handshake and opens no stream has its turn still, and gives it up once
+/// another waits: it is no session yet, and in no other account.
+#[tokio::test]
+async fn t1_who_opens_no_stream_keeps_its_turn_from_nobody() {
+    let authority = Authority::new();
+    let keys = keys(&authority, KeyExchange::RequireHybrid);
+    let mut listener = listener(&keys, TransportConfig { max_handshakes_in_flight: 1, ..CONFIG });
+    let (address, endpoints) = (listener.local_addr().unwrap(), Endpoints::default());
+    let current = keys.current();
+    let stranger = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let client = quinn::ClientConfig::new(current.quic().unwrap().client().clone());
+    let silent = stranger.connect_with(client, address, "overlay.invalid").unwrap();
+    let dial = async {
+        let silent = silent.await.unwrap();
+        let mut dialled = dial_quic(&address.to_string(), &current, &CONFIG, Clock::start(), &endpoints).await.unwrap();
+        dialled.stream.write_all(b"hello").await.unwrap();
+        (silent.closed().await, dialled)
+    };
+    let accept = async {
+        let first = listener.accept().await.unwrap();
+        let others = async { listener.accept().await.unwrap().handshake(&current).await };
+        tokio::join!(first.handshake(&current), others)
+    };
+    let ((first, second), _kept) = tokio::join!(accept, dial);
+    assert!(matches!(first, Err(HandshakeError::Crowded)) && second.is_ok(), "{first:?} {second:?}");
+}

@@ -218,3 +218,47 @@ fn who_opens_no_stream_gives_its_place_up() {
     assert_eq!(sim.client_frames(0, late)[0].code, 429, "all of them have a stream");
     assert_eq!(texts(&sim.client_frames(0, subscriber)).len(), 9);
 }
+
+/// I-5: a peer that sends more to be passed on than lanes take leaves room for what a daemon's own
+/// clients publish: they are told 200, and nobody else has it.
+#[test]
+fn g1_a_peers_flood_leaves_room_for_what_is_accepted_here() {
+    let mut sim = Sim::with(3, |config| config.gossip.burst_frames = 64);
+    sim.dial(1, 0);
+    sim.run(10);
+    let (flooder, stream) = gossip_in(&sim, 0);
+    sim.dial(2, 0);
+    sim.run(100);
+    let (publisher, subscriber) = (sim.publisher(0), sim.subscriber(2));
+    sim.run(100);
+    let (identity, payload) = (sim.nodes[1].identity.clone(), Bytes::from_static(b"flood"));
+    let mut sequence = 0;
+    for n in 0..600 {
+        for _ in 0..10 {
+            sequence += 1;
+            let envelope = crate::record::Envelope {
+                attributes: 0,
+                topic: TOPIC.parse().unwrap(),
+                origin: identity.clone(),
+                incarnation: Incarnation(77),
+                sequence,
+                time_ms: sim.clock().unix_ms,
+                size: 5,
+                hash: crate::gossip::digest(&payload),
+            };
+            let record = Record::Message { hops: 0, envelope, payload: payload.clone() };
+            let frame = Frame::new(Flags::REQ, AppProto::GOSSIP, TenantId(0), stream, record.encode());
+            sim.client_starts(0, flooder, frame, None);
+        }
+        if n % 10 == 0 {
+            publish(&mut sim, 0, publisher, 1, &Publish::Message(format!("own {n}").into()));
+        }
+        sim.run(10);
+    }
+    sim.run(10_000);
+    let accepted = sim.client_frames(0, publisher).iter().filter(|f| f.code == 200).count() - 1;
+    let got = texts(&sim.client_frames(2, subscriber));
+    let own = got.iter().filter(|text| text.starts_with("own")).count();
+    assert_eq!((accepted, own), (60, 60), "of {} in all", got.len());
+    assert!(sim.nodes[0].counts().rx > 5_000 && got.len() < 3_000, "it was a flood: {}", got.len());
+}

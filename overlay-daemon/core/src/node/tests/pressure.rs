@@ -348,3 +348,59 @@ proptest! {
         sigterm_comes(sigterm, depth, fanout, burst)?;
     }
 }
+
+/// M1: answers that nobody reads stay within the budget too, whoever leaves them; who reads has
+/// them, and a session that leaves more than its part is closed.
+#[test]
+fn m1_unread_answers_stay_within_the_budget() {
+    let mut sim = Sim::with(1, |config| {
+        small_memory(config);
+        config.overlay.max_sessions = 200;
+    });
+    let reader = sim.client(0);
+    let clients: Vec<SessionId> = (0..150).map(|_| sim.client(0)).collect();
+    sim.run(10);
+    clients.iter().for_each(|client| sim.stall(0, *client, true));
+    let useless = || Frame::new(Flags::EVENT, AppProto::PUBSUB, TenantId(0), 9, Bytes::new());
+    for _ in 0..400 {
+        clients.iter().for_each(|client| sim.client_sends(0, *client, useless()));
+        assert!(sim.nodes[0].memory_used() <= 8 * MIB, "{}", sim.nodes[0].memory_used());
+    }
+    let (full, closed) = (sim.nodes[0].memory_percent(), sim.rejected_after(0, Reason::Overflow));
+    assert!(closed > 0 && full >= 95, "{closed} closed, {full} %");
+    sim.client_sends(0, reader, useless());
+    sim.run(10);
+    assert_eq!(codes(&sim, 0, reader), [200, 400]);
+}
+
+/// P-2, I-6: over QUIC a session claims so much that memory is short before places are. Those
+/// that open no stream, having no token, go then; who has a stream stays, and who has just come.
+#[test]
+fn m1_who_opens_no_stream_leaves_memory_to_others() {
+    let mut sim = Sim::with(1, small_memory);
+    let publisher = sim.publisher(0);
+    let mut clock = sim.clock();
+    let (node, client) = (&mut sim.nodes[0], "spiffe://example.org/ns/a/client/app");
+    let comes = |node: &mut Node, n: u64, clock: Clock| {
+        let opening = Opening { transport: Some(Transport::Quic), ..opening(client, None) };
+        let opened = node.handle_open(SessionId(1_000 + n), opening, clock.now);
+        let hello = Frame::new(Flags::REQ, AppProto::CONTROL, TenantId(0), 1, json(&Hello::default()));
+        node.handle_frame(SessionId(1_000 + n), hello, None, clock);
+        opened && node.sessions.get(&SessionId(1_000 + n)).is_some_and(|entry| entry.turned_away.is_none())
+    };
+    let came = (0..100).filter(|n| comes(node, *n, clock)).count();
+    assert!((40..45).contains(&came) && node.memory_percent() > 95, "{came}");
+    clock.now = clock.now.after(2_000);
+    node.handle_timeout(clock);
+    assert!(
+        node.sessions.values().all(|entry| !entry.closing || entry.turned_away.is_some()) && !comes(node, 100, clock),
+        "they may be about to"
+    );
+    clock.now = clock.now.after(2_000);
+    assert!(comes(node, 101, clock), "the oldest gives its memory to who comes");
+    node.handle_timeout(clock);
+    let gone: Vec<SessionId> = node.sessions.iter().filter(|(_, entry)| entry.closing).map(|(id, _)| *id).collect();
+    gone.into_iter().for_each(|id| node.handle_closed(id));
+    assert!((75..80).contains(&node.memory_percent()), "as few as will do: {} %", node.memory_percent());
+    assert!(node.sessions.contains_key(&publisher) && node.sessions.contains_key(&SessionId(1_101)));
+}

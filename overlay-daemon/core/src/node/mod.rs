@@ -38,7 +38,6 @@ use crate::status::{Reason, Refusal, Status};
 
 use entry::{Entry, Kind, Party, Wire};
 use pubsub::Subscriptions;
-use streams::STOPPING;
 use tokens::{Believed, Leases};
 
 /// A session, for as long as the process lives.
@@ -231,7 +230,8 @@ impl Node {
     /// wait for that already.
     pub fn handle_open(&mut self, id: SessionId, opening: Opening, now: Millis) -> bool {
         let mut turned_away = self.find_place(&opening).err();
-        if turned_away.as_ref().is_some_and(|refusal| *refusal != STOPPING) && self.take_over_place(now) {
+        let given = turned_away.as_ref().is_some_and(|refusal| self.take_over_place(refusal, &opening, now));
+        if given {
             turned_away = None;
         }
         if let Some(refusal) = &turned_away

@@ -4,6 +4,7 @@
 use super::streams::STOPPING;
 use super::{Entry, Node, Opening, SessionId};
 use crate::Millis;
+use crate::config::Transport;
 use crate::grant::Holder;
 use crate::identity::SpiffeId;
 use crate::memory::{FRAME_BYTES, SESSION_BYTES};
@@ -46,42 +47,53 @@ impl Node {
         if taken + self.missing_peers() < most { Ok(()) } else { Err(FULL) }
     }
 
-    /// All places are taken, or all memory: the oldest session that had time to open a stream and
-    /// has none gives up its own. HELLO takes no token, so that whoever may connect could keep
-    /// every place otherwise. Whether there was one.
-    pub(super) fn take_over_place(&mut self, now: Millis) -> bool {
-        let Some((id, _)) = self.idle(now).next() else { return false };
-        self.drop_session(id, Some(Reason::Quota));
-        true
+    /// All places are taken, or all memory: the oldest session that had time to open a stream, has
+    /// none, and holds what a newcomer lacks, gives it up. HELLO takes no token, so that whoever may
+    /// connect could keep every place otherwise. Whether there was one.
+    pub(super) fn take_over_place(&mut self, refusal: &Refusal, newcomer: &Opening, now: Millis) -> bool {
+        let lacks = match refusal {
+            _ if *refusal == FULL => 0,
+            _ if *refusal == NO_MEMORY => SESSION_BYTES + newcomer.buffers(),
+            _ => return false,
+        };
+        let found = self.idle(now).find(|(_, entry)| entry.claimed >= lacks).map(|(id, _)| id);
+        if let Some(id) = found {
+            self.drop_session(id, Some(Reason::Quota));
+        }
+        found.is_some()
     }
 
-    /// Memory is as short as has writes shed (I-6): sessions that had time to open a stream and
-    /// have none go, the oldest first, until those that stay have enough. A session over QUIC
-    /// claims so much that they could otherwise keep a daemon from all its work, without a token.
+    /// Memory is as short as has writes shed (I-6): sessions over QUIC that had time to open a
+    /// stream and have none go, the oldest first, until those that stay have enough. They claim so
+    /// much that they could otherwise, without a token, keep a daemon from all its work. All others
+    /// together claim a third of the budget, unless `max_sessions` was raised.
     pub(super) fn close_idle_under_pressure(&mut self, now: Millis) {
-        let enough = u128::from(self.memory.limit()) * u128::from(self.config.readiness.shed_at_percent) / 100;
+        if self.memory_percent() < self.config.readiness.shed_at_percent {
+            return;
+        }
+        let enough = self.memory.limit() / 100 * u64::from(self.config.readiness.shed_at_percent);
         let going: u64 = self.sessions.values().filter(|entry| entry.closing).map(|entry| entry.claimed).sum();
-        let mut used = u128::from(self.memory_used().saturating_sub(going));
-        let mut idle = Vec::new();
-        for (id, claimed) in self.idle(now) {
+        let mut used = self.memory_used().saturating_sub(going);
+        let mut gone = Vec::new();
+        for (id, entry) in self.idle(now).filter(|(_, entry)| entry.transport == Some(Transport::Quic)) {
             if used < enough {
                 break;
             }
-            used = used.saturating_sub(claimed.into());
-            idle.push(id);
+            used = used.saturating_sub(entry.claimed);
+            gone.push(id);
         }
-        idle.into_iter().for_each(|id| self.drop_session(id, Some(Reason::Quota)));
+        gone.into_iter().for_each(|id| self.drop_session(id, Some(Reason::Quota)));
     }
 
-    /// Clients that had time to open a stream and have none, the oldest first, and what each claims.
-    fn idle(&self, now: Millis) -> impl Iterator<Item = (SessionId, u64)> {
+    /// Clients that had time to open a stream and have none, the oldest first.
+    fn idle(&self, now: Millis) -> impl Iterator<Item = (SessionId, &Entry)> {
         let patience = self.config.overlay.handshake_timeout_ms;
         let is_idle = move |entry: &Entry| {
             let is_client = entry.dialled.is_none() && entry.remote().is_none();
             let counts = entry.turned_away.is_none() && !entry.closing;
             is_client && counts && entry.session.ages(now).0 >= patience && entry.session.streams().next().is_none()
         };
-        self.sessions.iter().filter(move |(_, entry)| is_idle(entry)).map(|(id, entry)| (*id, entry.claimed))
+        self.sessions.iter().map(|(id, entry)| (*id, entry.as_ref())).filter(move |(_, entry)| is_idle(entry))
     }
 
     /// What a session may leave unread of its answers once memory is used up: an equal part of all

@@ -68,11 +68,59 @@ enum Turn {
     Cut,
 }
 
+/// Whose a message between daemons is. Of a lane that has room for more than one of the largest,
+/// neither takes more than three quarters: what was accepted here, which nobody else can pass on,
+/// finds a place whatever others send to be passed on, and the other way round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Published here.
+    Ours,
+    /// Came from another daemon.
+    Transit,
+}
+
+#[derive(Debug)]
+struct Queued {
+    frame: Frame,
+    side: Side,
+}
+
 #[derive(Debug, Default)]
 struct Lane {
-    frames: VecDeque<Frame>,
+    frames: VecDeque<Queued>,
     bytes: usize,
+    /// Of both, what is in transit.
+    transit: (usize, usize),
     deficit: usize,
+}
+
+impl Lane {
+    fn push_back(&mut self, queued: Queued) {
+        let len = queued.frame.wire_len();
+        self.bytes += len;
+        if queued.side == Side::Transit {
+            self.transit = (self.transit.0 + 1, self.transit.1 + len);
+        }
+        self.frames.push_back(queued);
+    }
+
+    fn pop_front(&mut self) -> Option<Frame> {
+        let Queued { frame, side } = self.frames.pop_front()?;
+        let len = frame.wire_len();
+        self.bytes -= len;
+        if side == Side::Transit {
+            self.transit = (self.transit.0 - 1, self.transit.1 - len);
+        }
+        Some(frame)
+    }
+
+    /// Frames and bytes of one side.
+    fn of(&self, side: Side) -> (usize, usize) {
+        match side {
+            Side::Transit => self.transit,
+            Side::Ours => (self.frames.len() - self.transit.0, self.bytes - self.transit.1),
+        }
+    }
 }
 
 /// The lanes of one session.
@@ -145,26 +193,32 @@ impl Lanes {
     /// Frames of any message that `class` still takes.
     #[must_use]
     pub fn room(&self, class: Class) -> usize {
-        self.room_of(class, 4)
-    }
-
-    /// The same of three quarters of the lane: the last one is for what was accepted here, which
-    /// nobody else can pass on, whatever others send to be passed on.
-    #[must_use]
-    pub fn room_in_transit(&self, class: Class) -> usize {
-        self.room_of(class, 3)
-    }
-
-    fn room_of(&self, class: Class, quarters: usize) -> usize {
-        // Or a message of the largest size, taken whole or not at all, would never go.
-        let depth = match class {
-            Class::Control => self.control_depth,
-            Class::Interactive => self.depth * quarters / 4,
-            Class::Bulk => (self.depth * quarters / 4).max(LARGEST),
-        };
         let lane = &self.lanes[class.index()];
-        let left = (LANE_BYTES * quarters / 4).saturating_sub(lane.bytes) / LARGEST_FRAME;
-        depth.saturating_sub(lane.frames.len()).min(left)
+        let left = LANE_BYTES.saturating_sub(lane.bytes) / LARGEST_FRAME;
+        self.depth_of(class).saturating_sub(lane.frames.len()).min(left)
+    }
+
+    /// The same of messages between daemons, on one [`Side`].
+    #[must_use]
+    pub fn room_for(&self, class: Class, side: Side) -> usize {
+        let (frames, bytes) = self.lanes[class.index()].of(side);
+        let left = three_quarters(LANE_BYTES).saturating_sub(bytes) / LARGEST_FRAME;
+        self.part_of(class).saturating_sub(frames).min(left).min(self.room(class))
+    }
+
+    fn depth_of(&self, class: Class) -> usize {
+        match class {
+            Class::Control => self.control_depth,
+            Class::Interactive => self.depth,
+            // Or a message of the largest size, taken whole or not at all, would never go.
+            Class::Bulk => self.depth.max(LARGEST),
+        }
+    }
+
+    /// What one side takes of it.
+    fn part_of(&self, class: Class) -> usize {
+        let part = three_quarters(self.depth_of(class));
+        if class == Class::Bulk { part.max(LARGEST) } else { part }
     }
 
     /// Queues a frame.
@@ -172,34 +226,39 @@ impl Lanes {
     /// # Errors
     /// [`Full`]; the frame is gone and its pusher knows.
     pub fn push(&mut self, class: Class, frame: Frame) -> Result<(), Full> {
+        self.push_for(class, frame, Side::Ours)
+    }
+
+    /// Queues a frame of a message between daemons, for which there was [room](Self::room_for).
+    ///
+    /// # Errors
+    /// As [`Self::push`]: the lane is full.
+    pub fn push_for(&mut self, class: Class, frame: Frame, side: Side) -> Result<(), Full> {
         let len = frame.wire_len();
         if self.room(class) == 0 || self.lanes[class.index()].bytes + len > LANE_BYTES {
             return Err(Full);
         }
         self.bytes += len;
         self.cost += cost(class, &frame);
-        let lane = &mut self.lanes[class.index()];
-        lane.bytes += len;
-        lane.frames.push_back(frame);
+        self.lanes[class.index()].push_back(Queued { frame, side });
         Ok(())
     }
 
     /// Queues the last frame of a stream behind all of it that waits, whatever its lane: what
     /// does moves to the slowest, in its order. Taken past the depth, once a stream.
     pub fn push_last(&mut self, end: Frame) {
-        let interactive = &mut self.lanes[Class::Interactive.index()];
+        let interactive = std::mem::take(&mut self.lanes[Class::Interactive.index()].frames);
         let (waiting, others): (VecDeque<_>, VecDeque<_>) =
-            std::mem::take(&mut interactive.frames).into_iter().partition(|frame| frame.corr_id == end.corr_id);
-        let moved: usize = waiting.iter().map(Frame::wire_len).sum();
-        interactive.frames = others;
-        interactive.bytes -= moved;
-        let len = end.wire_len();
-        self.bytes += len;
+            interactive.into_iter().partition(|queued| queued.frame.corr_id == end.corr_id);
+        let deficit = self.lanes[Class::Interactive.index()].deficit;
+        let mut interactive = Lane { deficit, ..Lane::default() };
+        others.into_iter().for_each(|queued| interactive.push_back(queued));
+        self.lanes[Class::Interactive.index()] = interactive;
+        self.bytes += end.wire_len();
         self.cost += cost(Class::Bulk, &end);
         let bulk = &mut self.lanes[Class::Bulk.index()];
-        bulk.bytes += moved + len;
-        bulk.frames.extend(waiting);
-        bulk.frames.push_back(end);
+        waiting.into_iter().for_each(|queued| bulk.push_back(queued));
+        bulk.push_back(Queued { frame: end, side: Side::Ours });
     }
 
     /// Queues a frame before everything that waits, of any lane. Taken past the depth: its
@@ -212,7 +271,7 @@ impl Lanes {
 
     /// What waits of stream `from` belongs to stream `to` from now on, its answers excepted.
     pub fn relabel(&mut self, from: u64, to: u64) {
-        for frame in self.lanes.iter_mut().flat_map(|lane| &mut lane.frames) {
+        for Queued { frame, .. } in self.lanes.iter_mut().flat_map(|lane| &mut lane.frames) {
             if frame.corr_id == from && !frame.flags.has(Flags::RESP) {
                 frame.corr_id = to;
             }
@@ -246,7 +305,7 @@ impl Lanes {
             lane.deficit += class.quantum();
             self.granted = true;
         }
-        while let Some(len) = lane.frames.front().map(Frame::wire_len) {
+        while let Some(len) = lane.frames.front().map(|queued| queued.frame.wire_len()) {
             if len > lane.deficit {
                 return Turn::Over;
             }
@@ -256,9 +315,8 @@ impl Lanes {
             if class != Class::Control && self.bucket.as_mut().is_some_and(|bucket| !bucket.take(now)) {
                 break;
             }
-            let Some(frame) = lane.frames.pop_front() else { break };
+            let Some(frame) = lane.pop_front() else { break };
             lane.deficit -= len;
-            lane.bytes -= len;
             self.bytes -= len;
             self.cost -= cost(class, &frame);
             *spent += len;
@@ -301,21 +359,38 @@ impl Lanes {
         self.cost
     }
 
-    /// What is queued of answers, as [`crate::memory`] counts it.
+    /// Whether messages are queued, or chunks.
+    #[must_use]
+    pub fn has_messages(&self) -> bool {
+        self.lanes[1..].iter().any(|lane| !lane.frames.is_empty())
+    }
+
+    /// What the control lane holds, as [`crate::memory`] counts it: of a client, its answers.
     #[must_use]
     pub fn unread(&self) -> u64 {
         let lane = &self.lanes[Class::Control.index()];
         lane.frames.len() as u64 * FRAME_BYTES + lane.bytes as u64
     }
 
-    /// How full the fullest of the lanes for messages and chunks is, 0 to 100.
+    /// How full the fullest of the lanes for messages and chunks is for what is published here,
+    /// 0 to 100: of its part, or of what is left of the lane.
     #[must_use]
     pub fn percent(&self) -> u8 {
-        let full = |lane: &Lane| {
-            percent(lane.frames.len() as u64, self.depth as u64).max(percent(lane.bytes as u64, LANE_BYTES as u64))
+        let of = |ours: usize, transit: usize, part: usize, all: usize| {
+            percent(ours as u64, part.min(all.saturating_sub(transit)) as u64)
         };
-        self.lanes[1..].iter().map(full).max().unwrap_or(0)
+        let full = |class: Class| {
+            let lane = &self.lanes[class.index()];
+            let ((frames, bytes), transit) = (lane.of(Side::Ours), lane.transit);
+            let by_bytes = of(bytes, transit.1, three_quarters(LANE_BYTES), LANE_BYTES);
+            of(frames, transit.0, self.part_of(class), self.depth_of(class)).max(by_bytes)
+        };
+        full(Class::Interactive).max(full(Class::Bulk))
     }
+}
+
+fn three_quarters(all: usize) -> usize {
+    all - all / 4
 }
 
 /// A message's payload is shared by every queue that it waits in, and counted where it is kept.
@@ -339,6 +414,42 @@ mod tests {
     }
 
     /// I-5: full is refused, and what was refused is not kept.
+    /// I-5: messages of one side leave a quarter of a lane to the other, by frames and by bytes;
+    /// and what writes wait for is as full as what is left for them.
+    #[test]
+    fn g1_neither_side_takes_all_of_a_lane() {
+        let frame =
+            |bytes: usize| Frame::new(Flags::REQ, AppProto::GOSSIP, TenantId(0), 1, Bytes::from(vec![0; bytes]));
+        for (class, depth, bytes) in
+            [(Class::Interactive, 8, 10), (Class::Interactive, 1_024, 10), (Class::Bulk, 1_024, CHUNK)]
+        {
+            for (side, other) in [(Side::Ours, Side::Transit), (Side::Transit, Side::Ours)] {
+                let mut lanes = Lanes::new(depth);
+                let fill = |lanes: &mut Lanes, side| {
+                    let mut pushed = 0;
+                    while lanes.room_for(class, side) > 0 {
+                        lanes.push_for(class, frame(bytes), side).unwrap();
+                        pushed += 1;
+                    }
+                    pushed
+                };
+                let (first, second) = (fill(&mut lanes, side), fill(&mut lanes, other));
+                assert!((2 * second..=4 * second).contains(&first), "{class:?} {depth}: {first} and {second}");
+                assert_eq!((lanes.room(class) <= 1, lanes.percent() >= 95), (true, true), "{class:?} {depth}");
+                let sent = lanes.take(usize::MAX, Millis(0)).len();
+                assert!(sent > 0 && (sent < first || lanes.percent() < 100));
+                while !lanes.is_empty() {
+                    lanes.take(usize::MAX, Millis(0));
+                }
+                assert_eq!((lanes.percent(), fill(&mut lanes, side)), (0, first), "given back");
+            }
+        }
+        let mut lanes = Lanes::new(8);
+        assert!([Side::Ours, Side::Transit].iter().all(|side| lanes.room_for(Class::Bulk, *side) >= LARGEST));
+        (0..6).for_each(|_| lanes.push_for(Class::Interactive, frame(1), Side::Transit).unwrap());
+        assert_eq!(lanes.percent(), 0, "two places are left for writes");
+    }
+
     #[test]
     fn a_full_lane_refuses() {
         let mut lanes = Lanes::new(2);

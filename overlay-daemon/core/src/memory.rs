@@ -20,7 +20,7 @@
 //! fan-out of 64 KiB to a thousand subscribers as 64 MiB.
 //!
 //! Used up, the budget refuses what would take more: sessions, uploads, messages to queues, and
-//! answers to who does not read them.
+//! answers to who leaves more than a part of it unread (`Node::push`).
 //! Writes are refused sooner, at `readiness.shed_at_percent` of it (I-6).
 
 use crate::admission::percent;

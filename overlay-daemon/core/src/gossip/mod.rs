@@ -21,7 +21,7 @@ use crate::Millis;
 use crate::config::Gossip;
 use crate::control::Incarnation;
 use crate::identity::{SpiffeId, TenantId, Topic};
-use crate::lanes::Class;
+use crate::lanes::{Class, Side};
 use crate::record::{Digest, Envelope, MessageId, Record, pieces};
 use crate::status::{Reason, Refusal, Status};
 
@@ -44,15 +44,17 @@ const WHOLE: u32 = u32::MAX;
 /// How often what is too old is let go.
 const PURGE_MS: u64 = 1_000;
 
+/// The lane of announcements and what they lead to.
+const CONTROL: (Class, Side) = (Class::Control, Side::Ours);
+
 /// How the engine reaches its links: by queues that it does not own.
 pub trait Outlet {
     /// Whether the link may carry `tenant`.
     fn has_stream(&self, link: LinkId, tenant: TenantId) -> bool;
-    /// Frames that the link's lane still takes for `tenant`; 0 where it has no such stream. Of what
-    /// was not published here, not `is_ours`, it takes less.
-    fn room(&self, link: LinkId, tenant: TenantId, class: Class, is_ours: bool) -> usize;
+    /// Frames that the link's lane still takes for `tenant`; 0 where it has no such stream.
+    fn room(&self, link: LinkId, tenant: TenantId, class: Class, side: Side) -> usize;
     /// Queues a record. False, and nothing queued, where there is no room.
-    fn send(&mut self, link: LinkId, tenant: TenantId, class: Class, payload: Bytes) -> bool;
+    fn send(&mut self, link: LinkId, tenant: TenantId, lane: (Class, Side), payload: Bytes) -> bool;
     /// Whether the daemon's memory takes so many bytes more.
     fn has_memory(&self, bytes: u64) -> bool;
 }
@@ -309,7 +311,7 @@ impl Engine {
                 self.counts.duplicates += 1;
                 self.wanted.remove((tenant, id));
                 if !self.goes_on(id, link, hops, now, out) && self.links.make_lazy(link) {
-                    self.send(link, tenant, Class::Control, Record::Prune.encode(), out);
+                    self.send(link, tenant, CONTROL, Record::Prune.encode(), out);
                 }
                 Ok(None)
             }
@@ -353,7 +355,7 @@ impl Engine {
             Begun::Joins => {
                 self.counts.duplicates += 1;
                 if self.links.make_lazy(link) {
-                    self.send(link, tenant, Class::Control, Record::Prune.encode(), out);
+                    self.send(link, tenant, CONTROL, Record::Prune.encode(), out);
                 }
                 return Ok(());
             }
@@ -429,17 +431,25 @@ impl Engine {
             Some(chunk) => u32::try_from(chunk).ok().and_then(|n| chunks.checked_shr(n)).unwrap_or(0) & 1 == 1,
         };
         let count = (0..held.frames.len()).filter(|index| wanted(*index)).count();
-        if out.room(link, held.tenant, class, held.hops == 0) < count {
+        let side = if held.hops == 0 { Side::Ours } else { Side::Transit };
+        if out.room(link, held.tenant, class, side) < count {
             return false;
         }
         for (_, frame) in held.frames.iter().enumerate().filter(|(index, _)| wanted(*index)) {
-            self.send(link, held.tenant, class, frame.clone(), out);
+            self.send(link, held.tenant, (class, side), frame.clone(), out);
         }
         true
     }
 
-    fn send(&mut self, link: LinkId, tenant: TenantId, class: Class, payload: Bytes, out: &mut impl Outlet) -> bool {
-        let sent = out.send(link, tenant, class, payload);
+    fn send(
+        &mut self,
+        link: LinkId,
+        tenant: TenantId,
+        lane: (Class, Side),
+        payload: Bytes,
+        out: &mut impl Outlet,
+    ) -> bool {
+        let sent = out.send(link, tenant, lane, payload);
         self.counts.tx += u64::from(sent);
         sent
     }

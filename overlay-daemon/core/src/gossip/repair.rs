@@ -3,10 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::wanted::Turn;
-use super::{ANNOUNCE_MS, Engine, GRAFT_MS, LinkId, LinkSet, Outlet, PURGE_MS, WHOLE};
+use super::{ANNOUNCE_MS, CONTROL, Engine, GRAFT_MS, LinkId, LinkSet, Outlet, PURGE_MS, WHOLE};
 use crate::Millis;
 use crate::identity::TenantId;
-use crate::lanes::Class;
 use crate::record::{MAX_ANNOUNCED, MessageId, Record};
 
 /// Times that the missing chunks of a message are asked for in vain before it is given up.
@@ -75,7 +74,7 @@ impl Engine {
         for (tenant, ids) in batches {
             // A tenant without a stream on this link is announced when it gets one.
             if out.has_stream(link, tenant) {
-                all &= self.send(link, tenant, Class::Control, Record::Announce(ids).encode(), out);
+                all &= self.send(link, tenant, CONTROL, Record::Announce(ids).encode(), out);
             }
         }
         if all { position } else { start }
@@ -115,7 +114,7 @@ impl Engine {
                     continue;
                 }
             };
-            if self.send(link, tenant, Class::Control, Record::Graft { id, chunks: 0 }.encode(), out) {
+            if self.send(link, tenant, CONTROL, Record::Graft { id, chunks: 0 }.encode(), out) {
                 self.counts.grafts += 1;
                 self.wanted.asked(key, link, now);
             } else {
@@ -156,7 +155,7 @@ impl Engine {
         }
         for (link, tenant, graft) in asks {
             self.counts.grafts += 1;
-            self.send(link, tenant, Class::Control, graft.encode(), out);
+            self.send(link, tenant, CONTROL, graft.encode(), out);
         }
     }
 

@@ -17,10 +17,10 @@ impl Outlet for Sent {
     fn has_stream(&self, _: LinkId, _: TenantId) -> bool {
         true
     }
-    fn room(&self, _: LinkId, _: TenantId, _: Class, _: bool) -> usize {
+    fn room(&self, _: LinkId, _: TenantId, _: Class, _: Side) -> usize {
         usize::MAX
     }
-    fn send(&mut self, link: LinkId, _: TenantId, _: Class, payload: Bytes) -> bool {
+    fn send(&mut self, link: LinkId, _: TenantId, _: (Class, Side), payload: Bytes) -> bool {
         self.0.extend(Record::decode(payload).map(|record| (link, record)));
         true
     }

@@ -16,7 +16,7 @@ use crate::frame::{AppProto, Flags, Frame};
 use crate::gossip::{Held, LinkId, Outlet};
 use crate::grant::{Holder, Validity};
 use crate::identity::{SpiffeId, TenantId, Topic};
-use crate::lanes::{Class, Lanes};
+use crate::lanes::{Class, Lanes, Side};
 use crate::memory::{Budget, FRAME_BYTES, SESSION_BYTES, STREAM_BYTES, TOPIC_BYTES, WRITE_BYTES};
 use crate::record::Digest;
 use crate::session::Session;
@@ -121,6 +121,8 @@ pub(super) struct Entry {
     /// Useless frames that the budget has not been told of.
     pub(super) useless: u32,
     pub(super) writer_idle: bool,
+    /// What its writer was given last has messages.
+    pub(super) delivering: bool,
     pub(super) sendable: bool,
     pub(super) closing: bool,
     /// There was no place for it: it is only here to be told so, and counts as no session.
@@ -155,6 +157,7 @@ impl Entry {
             gossip: None,
             useless: 0,
             writer_idle: true,
+            delivering: false,
             sendable: false,
             closing: false,
             turned_away: None,
@@ -188,6 +191,7 @@ impl Entry {
         let copies = if matches!(self.transport, Some(Transport::Tcp | Transport::Tor)) { 2 } else { 1 };
         self.writing = copies * encoded + batch.len() as u64 * FRAME_BYTES;
         self.writer_idle = false;
+        self.delivering = batch.iter().any(|frame| frame.flags.has(Flags::EVENT));
     }
 
     pub(super) fn remote(&self) -> Option<&Remote> {
@@ -236,9 +240,9 @@ impl<'a> Wire<'a> {
     }
 
     /// Queues one frame of an event or of gossip.
-    pub(super) fn push(&mut self, id: SessionId, class: Class, frame: Frame) -> bool {
+    pub(super) fn push(&mut self, id: SessionId, (class, side): (Class, Side), frame: Frame) -> bool {
         let Some(entry) = self.sessions.get_mut(&id).filter(|entry| !entry.closing) else { return false };
-        let taken = entry.lanes.push(class, frame).is_ok();
+        let taken = entry.lanes.push_for(class, frame, side).is_ok();
         if taken {
             entry.settle(self.memory);
             self.mark(id);
@@ -287,15 +291,14 @@ impl Outlet for Wire<'_> {
         self.stream(link, tenant).is_some()
     }
 
-    fn room(&self, link: LinkId, tenant: TenantId, class: Class, is_ours: bool) -> usize {
-        let room = |entry: &Entry| if is_ours { entry.lanes.room(class) } else { entry.lanes.room_in_transit(class) };
-        let room = self.stream(link, tenant).map_or(0, |(_, entry, _)| room(entry));
+    fn room(&self, link: LinkId, tenant: TenantId, class: Class, side: Side) -> usize {
+        let room = self.stream(link, tenant).map_or(0, |(_, entry, _)| entry.lanes.room_for(class, side));
         if self.has_memory(WRITE_BYTES as u64) { room } else { 0 }
     }
 
-    fn send(&mut self, link: LinkId, tenant: TenantId, class: Class, payload: Bytes) -> bool {
+    fn send(&mut self, link: LinkId, tenant: TenantId, (class, side): (Class, Side), payload: Bytes) -> bool {
         let Some((id, _, corr_id)) = self.stream(link, tenant) else { return false };
-        self.push(id, class, Frame::new(Flags::REQ, AppProto::GOSSIP, tenant, corr_id, payload))
+        self.push(id, (class, side), Frame::new(Flags::REQ, AppProto::GOSSIP, tenant, corr_id, payload))
     }
 
     fn has_memory(&self, bytes: u64) -> bool {

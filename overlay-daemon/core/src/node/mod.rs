@@ -540,15 +540,16 @@ impl Node {
     }
 
     /// Queues a frame; a session whose control lane is full does not read its answers, and
-    /// is closed. Full is also what holds more than its [part](Self::unread_part) of memory that is
-    /// used up.
+    /// is closed. Full is also, where it is a client's from elsewhere, what holds more than its
+    /// [part](Self::unread_part) of memory that is used up.
     fn push(&mut self, id: SessionId, class: Class, frame: Frame) {
         let (others, part) = (self.others(), self.unread_part());
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let counted = counts_as_answer(&frame);
         self.answers += u64::from(frame.flags.has(Flags::RESP) && frame.code != pace::PARTIAL);
         let more = FRAME_BYTES + frame.payload.len() as u64;
-        let fits = entry.lanes.unread() + more <= part || self.memory.has_room(others, more, 100);
+        let is_known = entry.holder == Holder::Local || entry.dialled.is_some() || entry.remote().is_some();
+        let fits = is_known || entry.lanes.unread() + more <= part || self.memory.has_room(others, more, 100);
         if !fits || entry.lanes.push(class, frame).is_err() {
             if !entry.closing {
                 entry.closing = true;
@@ -606,9 +607,8 @@ impl Node {
 }
 
 /// Whether a queued frame answers a request that was taken, which is in flight until the writer
-/// has it. A refused one never was, nor was the end of a stream, which no quota is asked for:
-/// whoever sends many and reads nothing takes no place from others, and ends by its full lane. An
-/// acknowledgement answers nothing.
+/// has it. A refused one never was, and an END is not asked a place for: whoever sends many and reads
+/// nothing takes no place from others, and ends by its full lane. An acknowledgement answers nothing.
 fn counts_as_answer(frame: &Frame) -> bool {
     let taken = frame.code < Status::BadRequest.code() && frame.code != pace::PARTIAL;
     frame.flags.has(Flags::RESP) && !frame.flags.has(Flags::END) && frame.app != AppProto::CONTROL && taken

@@ -72,7 +72,12 @@ impl Node {
             return;
         }
         let enough = self.memory.limit() / 100 * u64::from(self.config.readiness.shed_at_percent);
-        let going: u64 = self.sessions.values().filter(|entry| entry.closing).map(|entry| entry.claimed).sum();
+        let going: u64 = self
+            .sessions
+            .values()
+            .filter(|entry| entry.closing || entry.turned_away.is_some())
+            .map(|entry| entry.claimed)
+            .sum();
         let mut used = self.memory_used().saturating_sub(going);
         let mut gone = Vec::new();
         for (id, entry) in self.idle(now).filter(|(_, entry)| entry.transport == Some(Transport::Quic)) {
@@ -85,13 +90,19 @@ impl Node {
         gone.into_iter().for_each(|id| self.drop_session(id, Some(Reason::Quota)));
     }
 
-    /// Clients that had time to open a stream and have none, the oldest first.
+    /// Clients that had time to open a stream, have none, and are still due nothing of one that
+    /// ended, the oldest first.
     fn idle(&self, now: Millis) -> impl Iterator<Item = (SessionId, &Entry)> {
         let patience = self.config.overlay.handshake_timeout_ms;
         let is_idle = move |entry: &Entry| {
             let is_client = entry.dialled.is_none() && entry.remote().is_none();
-            let counts = entry.turned_away.is_none() && !entry.closing;
-            is_client && counts && entry.session.ages(now).0 >= patience && entry.session.streams().next().is_none()
+            let stays = entry.turned_away.is_none() && !entry.closing;
+            let is_served = entry.lanes.has_messages() || (!entry.writer_idle && entry.delivering);
+            is_client
+                && stays
+                && !is_served
+                && entry.session.ages(now).0 >= patience
+                && entry.session.streams().next().is_none()
         };
         self.sessions.iter().map(|(id, entry)| (*id, entry.as_ref())).filter(move |(_, entry)| is_idle(entry))
     }

@@ -11,7 +11,7 @@ use crate::Millis;
 use crate::frame::{AppProto, CHUNK, Flags, Frame, MAX_BODY};
 use crate::gossip::{Draft, Held, class_of, digest};
 use crate::identity::{TenantId, Topic};
-use crate::lanes::Class;
+use crate::lanes::{Class, Side};
 use crate::record::{Piece, Publish, Record};
 use crate::status::{Reason, Refusal, Status};
 
@@ -297,7 +297,11 @@ impl Node {
         for (corr_id, tenant, count) in gaps {
             let gap = Record::Gap { missed: count }.encode();
             let (mut wire, _) = self.wire();
-            if !wire.push(id, Class::Interactive, Frame::new(Flags::EVENT, AppProto::PUBSUB, tenant, corr_id, gap)) {
+            if !wire.push(
+                id,
+                (Class::Interactive, Side::Ours),
+                Frame::new(Flags::EVENT, AppProto::PUBSUB, tenant, corr_id, gap),
+            ) {
                 return;
             }
             if let Some(stream) = self.sessions.get_mut(&id).and_then(|entry| entry.session.stream_mut(corr_id))

@@ -24,6 +24,8 @@ const INCOMING_BYTES: u64 = 4 * 1024;
 /// The part of the handshake's deadline for which a ClientHello may be incomplete while others
 /// wait: half of the deadline is over once all who may wait have had that long, 16 for each turn.
 const SILENCE: u32 = 32;
+/// And the part for which it may have no stream after it: a lost packet is sent again within that.
+const STREAMLESS: u32 = 8;
 /// For how long goodbyes may take to leave.
 const GOODBYE: Duration = Duration::from_millis(500);
 
@@ -152,20 +154,20 @@ impl QuicAccepted {
         accepting.transport = parameters(1);
         let turn = handshakes.turn().await?;
         let mut connecting = incoming.accept_with(Arc::new(accepting))?;
-        let gives_way = || async {
-            sleep(config.handshake / SILENCE).await;
+        let gives_way = async |part: u32| {
+            sleep(config.handshake / part).await;
             handshakes.wanted().await;
         };
         tokio::select! {
             hello = connecting.handshake_data() => drop(hello?),
-            () = gives_way() => return Err(HandshakeError::Crowded),
+            () = gives_way(SILENCE) => return Err(HandshakeError::Crowded),
         }
         let connection = connecting.await?;
-        // No session yet, so in no account but this one. A dialler's stream comes with the end of
-        // its handshake.
+        // No session yet, so in no account but this one. A dialler says HELLO as soon as it can, so
+        // that its stream comes with the end of its handshake unless a packet is lost.
         let stream = tokio::select! {
             stream = connection.accept_bi() => stream?,
-            () = gives_way() => return Err(HandshakeError::Crowded),
+            () = gives_way(STREAMLESS) => return Err(HandshakeError::Crowded),
         };
         drop(turn);
         establish(&connection, stream, deadline)

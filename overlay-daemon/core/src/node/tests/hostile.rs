@@ -219,6 +219,32 @@ fn who_opens_no_stream_gives_its_place_up() {
     assert_eq!(texts(&sim.client_frames(0, subscriber)).len(), 9);
 }
 
+/// I-6: whose stream has ended, with messages for it still under way, keeps its place for them.
+#[test]
+fn who_is_due_messages_keeps_its_place() {
+    let mut sim = Sim::with(1, |config| config.overlay.max_sessions = 3); // one is kept for the peer
+    let (subscriber, publisher) = (sim.subscriber(0), sim.publisher(0));
+    sim.run(100);
+    sim.stall(0, subscriber, true);
+    for n in 0..5 {
+        publish(&mut sim, 0, publisher, 1, &Publish::Message(format!("m{n}").into()));
+        sim.run(10);
+    }
+    let stream = sim.nodes[0].sessions[&subscriber].session.streams().next().unwrap().0;
+    let end = Frame::new(Flags::REQ | Flags::END, AppProto::PUBSUB, TenantId(0), stream, Bytes::new());
+    sim.client_starts(0, subscriber, end, None);
+    sim.run(4_000);
+    assert_eq!(sim.nodes[0].sessions[&subscriber].session.streams().count(), 0);
+    let early = sim.client(0);
+    sim.run(100);
+    sim.stall(0, subscriber, false);
+    sim.run(100);
+    assert_eq!(texts(&sim.client_frames(0, subscriber)).len(), 5);
+    let late = sim.client(0);
+    sim.run(100);
+    assert_eq!((sim.client_frames(0, early)[0].code, sim.client_frames(0, late)[0].code), (429, 200));
+}
+
 /// I-5: a peer that sends more to be passed on than lanes take leaves room for what a daemon's own
 /// clients publish: they are told 200, and nobody else has it.
 #[test]

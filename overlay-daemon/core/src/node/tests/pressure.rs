@@ -358,7 +358,8 @@ fn m1_unread_answers_stay_within_the_budget() {
         config.overlay.max_sessions = 200;
     });
     let reader = sim.client(0);
-    let clients: Vec<SessionId> = (0..150).map(|_| sim.client(0)).collect();
+    let holder = Holder::Certificate("spiffe://example.org/ns/a/client/app".parse().unwrap());
+    let clients: Vec<SessionId> = (0..150).map(|_| sim.client_as(0, holder.clone(), &Hello::default())).collect();
     sim.run(10);
     clients.iter().for_each(|client| sim.stall(0, *client, true));
     let useless = || Frame::new(Flags::EVENT, AppProto::PUBSUB, TenantId(0), 9, Bytes::new());

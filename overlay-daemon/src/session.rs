@@ -40,12 +40,12 @@ use crate::transport::{Connection, Endpoints, LocalConnection, Proxy, Timing};
 /// Bytes that a read makes room for while much comes. A frame that claims more gets more as it
 /// comes, never for its claim alone.
 const READ_BYTES: usize = 64 * 1024;
-/// A frame with the largest record of gossip: what is larger holds nothing that cannot wait.
-const LARGEST_RECORD: usize = HEADER_LEN + MAX_RECORD;
 /// And while little comes.
 const SOME_BYTES: usize = 4 * 1024;
 /// And while nothing does: a session at rest keeps no more. A ping fits, and most answers.
 const REST_BYTES: usize = 256;
+/// A frame with the largest record of gossip: what is larger holds nothing that cannot wait.
+const LARGEST_RECORD: usize = HEADER_LEN + MAX_RECORD;
 /// A payload of this size is sent as it lies: TLS reads it there, however many sessions share it.
 /// To copy a smaller one behind others costs less than to look after one more piece.
 const LARGE_BYTES: usize = 8 * 1024;

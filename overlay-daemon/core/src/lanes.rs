@@ -331,8 +331,7 @@ impl Lanes {
     #[must_use]
     pub fn poll_timeout(&self, now: Millis) -> Option<Millis> {
         let bucket = self.bucket.as_ref()?;
-        let waiting = self.lanes[1..].iter().any(|lane| !lane.frames.is_empty());
-        waiting.then(|| now.after(bucket.wait_ms(now).max(1)))
+        self.has_messages().then(|| now.after(bucket.wait_ms(now).max(1)))
     }
 
     /// Frames queued.

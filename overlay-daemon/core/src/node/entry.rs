@@ -194,6 +194,11 @@ impl Entry {
         self.delivering = batch.iter().any(|frame| frame.flags.has(Flags::EVENT));
     }
 
+    /// Whether it is neither a peer nor may become one.
+    pub(super) fn is_client(&self) -> bool {
+        self.dialled.is_none() && self.remote().is_none()
+    }
+
     pub(super) fn remote(&self) -> Option<&Remote> {
         match &self.party {
             Party::Peer(remote) => Some(remote),

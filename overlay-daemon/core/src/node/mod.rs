@@ -540,16 +540,12 @@ impl Node {
     }
 
     /// Queues a frame; a session whose control lane is full does not read its answers, and
-    /// is closed. Full is also, where it is a client's from elsewhere, what holds more than its
-    /// [part](Self::unread_part) of memory that is used up.
+    /// is closed. Full is also what holds more than [memory takes](Self::takes_unread).
     fn push(&mut self, id: SessionId, class: Class, frame: Frame) {
-        let (others, part) = (self.others(), self.unread_part());
+        let fits = self.takes_unread(id, FRAME_BYTES + frame.payload.len() as u64);
         let Some(entry) = self.sessions.get_mut(&id) else { return };
         let counted = counts_as_answer(&frame);
         self.answers += u64::from(frame.flags.has(Flags::RESP) && frame.code != pace::PARTIAL);
-        let more = FRAME_BYTES + frame.payload.len() as u64;
-        let is_known = entry.holder == Holder::Local || entry.dialled.is_some() || entry.remote().is_some();
-        let fits = is_known || entry.lanes.unread() + more <= part || self.memory.has_room(others, more, 100);
         if !fits || entry.lanes.push(class, frame).is_err() {
             if !entry.closing {
                 entry.closing = true;

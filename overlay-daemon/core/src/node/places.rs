@@ -95,10 +95,9 @@ impl Node {
     fn idle(&self, now: Millis) -> impl Iterator<Item = (SessionId, &Entry)> {
         let patience = self.config.overlay.handshake_timeout_ms;
         let is_idle = move |entry: &Entry| {
-            let is_client = entry.dialled.is_none() && entry.remote().is_none();
             let stays = entry.turned_away.is_none() && !entry.closing;
             let is_served = entry.lanes.has_messages() || (!entry.writer_idle && entry.delivering);
-            is_client
+            entry.is_client()
                 && stays
                 && !is_served
                 && entry.session.ages(now).0 >= patience
@@ -107,11 +106,19 @@ impl Node {
         self.sessions.iter().map(|(id, entry)| (*id, entry.as_ref())).filter(move |(_, entry)| is_idle(entry))
     }
 
-    /// What a session may leave unread of its answers once memory is used up: an equal part of all
-    /// that there is, beside what a session takes, and at the least [`UNREAD_BYTES`].
-    pub(super) fn unread_part(&self) -> u64 {
-        let part = self.memory.limit() / u64::from(self.config.overlay.max_sessions);
-        part.saturating_sub(SESSION_BYTES).max(UNREAD_BYTES)
+    /// Whether a session may leave `more` unread of its answers. Once memory is used up, a client
+    /// from elsewhere may do so to an equal part of all that there is, beside what a session takes,
+    /// and to [`UNREAD_BYTES`] at the least.
+    pub(super) fn takes_unread(&self, id: SessionId, more: u64) -> bool {
+        let Some(entry) = self.sessions.get(&id) else { return false };
+        let part = || {
+            let part = self.memory.limit() / u64::from(self.config.overlay.max_sessions);
+            part.saturating_sub(SESSION_BYTES).max(UNREAD_BYTES)
+        };
+        entry.holder == Holder::Local
+            || !entry.is_client()
+            || entry.lanes.unread() + more <= part()
+            || self.memory.has_room(self.others(), more, 100)
     }
 
     /// Whether this is a configured peer's identity, with a session to come: each may have two,
